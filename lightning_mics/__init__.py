@@ -1,0 +1,1 @@
+"""lightning-mics: MiCS sharded data parallelism for PyTorch Lightning."""

@@ -1,0 +1,67 @@
+"""Differences between versions of torch and Lightning, and every private name this package touches.
+
+Nothing else in the package imports a private name or asks for a version. Each entry says why it is here and which
+test would notice if it moved.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+# Older spellings keep torch 2.11 working; 2.13 is the floor that is tested.
+HAS_UNUSED_PARAMS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+HAS_RESET_ITER_STATE = hasattr(FSDPModule, "reset_iter_state")
+
+# How a module sets its own values anew. torch's MultiheadAttention and Transformer have the method under a private
+# name only. Test: tests/test_materialize.py.
+RESET_METHODS = ("reset_parameters", "_reset_parameters")
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread.
+
+    Activation checkpointing runs a block's forward again inside backward, which must not count as another call; torch
+    has no public name for the question (FSDP2 asks the same way). Test: tests/distributed/test_blocks_in_step.py.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def reduce_unused_params(root: FSDPModule) -> None:
+    """A parameter that got no gradient on one rank takes part in hop 1 with zeros, so that no rank waits for it.
+
+    torch 2.13 has a switch; torch 2.11 does not, and there a block must use all its parameters on every rank.
+    Test: tests/distributed/test_blocks_in_step.py.
+    """
+    if HAS_UNUSED_PARAMS:
+        root.set_reduce_scatter_unused_params(True)
+
+
+def reset_iter_state(root: FSDPModule) -> None:
+    """Make FSDP2 forget a forward or backward that raised. torch 2.11 cannot; there the module must be built anew.
+
+    Test: tests/distributed/test_windows.py.
+    """
+    if HAS_RESET_ITER_STATE:
+        root.reset_iter_state()
+
+
+def allow_wide_gradients(param: nn.Parameter) -> None:
+    """Let `param.grad` have another dtype than `param`, so that 16-bit parameters can sum gradients in fp32.
+
+    `Tensor.grad_dtype` is public from torch 2.10. Test: tests/distributed/test_precision.py.
+    """
+    param.grad_dtype = None
+
+
+def script_launcher(tree: str) -> Any:
+    """The launcher behind `Trainer(devices=n)`: it runs the user's script once per further process.
+
+    Lightning names it with an underscore, and a strategy has no public way to ask for it. `tree` is
+    "lightning.pytorch" or "pytorch_lightning". Test: tests/test_readme.py.
+    """
+    return importlib.import_module(f"{tree}.strategies.launchers.subprocess_script")._SubprocessScriptLauncher

@@ -1,0 +1,108 @@
+"""Block order: every rank of a partition group takes part in every block, in one order.
+
+A gather waits for all ranks of its group. A model that skips a block on one rank (layer drop, an unused branch) would
+leave the others waiting, or pair one block's gather with another's. Here a skipped block is passed through instead of
+left out: the tensors on their way go through the block's hooks unchanged, so that its parameters are gathered, its
+gradient is a reduce-scatter of zeros, and both happen where the other ranks expect them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_mics._compat import in_backward
+from lightning_mics.blocks import Block
+
+
+class BlockOrder:
+    """Counts the calls of each block in a forward, and passes skipped blocks through.
+
+    The order is that of `blocks`. A block that is called again, or after a later one, is simply called; one that the
+    model calls out of this order costs an extra gather and reduce-scatter in each forward, so `blocks` should be
+    given in the order of execution.
+
+    Args:
+        root: the sharded root; a forward begins and ends with its own.
+        blocks: sharded modules, in order of execution.
+    """
+
+    def __init__(self, root: nn.Module, blocks: Sequence[Block]) -> None:
+        self._blocks = [block.module for block in blocks]
+        self.calls = [0] * len(blocks)
+        """How often each block ran in the current forward, passes included."""
+        self.pass_skipped = False
+        """Whether skipped blocks are passed through; for models whose forward is one pass over the blocks."""
+        self._next = 0
+        self._inside = False
+        root.register_forward_pre_hook(self._begin, prepend=True)
+        root.register_forward_hook(self._end)
+        for index, module in enumerate(self._blocks):
+            module.pass_through = _pass_through  # type: ignore[assignment]
+            register_fsdp_forward_method(module, "pass_through")
+            module.register_forward_pre_hook(self._enter(index), prepend=True, with_kwargs=True)
+
+    def _begin(self, *_: Any) -> None:
+        if not in_backward():
+            self.calls = [0] * len(self._blocks)
+            self._next = 0
+            self._inside = True
+
+    def _end(self, root: nn.Module, args: Any, output: Any) -> Any:
+        if in_backward():
+            return output
+        if self.pass_skipped:
+            output = self._pass_up_to(len(self._blocks), output)
+        self._inside = False
+        return output
+
+    def _enter(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if in_backward():
+                return None
+            if self.pass_skipped and self._inside and self._next < index:
+                args, kwargs = self._pass_up_to(index, (args, kwargs))
+            self._next = max(self._next, index + 1)
+            self.calls[index] += 1
+            return args, kwargs
+
+        return hook
+
+    def _pass_up_to(self, stop: int, values: Any) -> Any:
+        """Send the tensors in `values` through the blocks from the next expected one to `stop`."""
+        for index in range(self._next, stop):
+            if self.calls[index]:
+                continue
+            leaves, spec = tree_flatten(values)
+            chosen = _carriers(leaves)
+            if not chosen:
+                raise ValueError(
+                    "a block was skipped where no floating-point tensor is at hand to keep this rank in step with the "
+                    "others: return the loss as a tensor, or a dict that holds one"
+                )
+            outputs = self._blocks[index].pass_through(*(leaves[i] for i in chosen))  # type: ignore[operator]
+            for i, tensor in zip(chosen, outputs, strict=True):
+                leaves[i] = tensor
+            values = tree_unflatten(leaves, spec)
+            self.calls[index] += 1
+        self._next = max(self._next, stop)
+        return values
+
+
+def _carriers(leaves: list[Any]) -> list[int]:
+    """Which leaves are passed through: those that carry gradients, else the first floating-point tensor."""
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [i for i in tensors if leaves[i].requires_grad] or tensors[:1]
+
+
+def _pass_through(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same values, as new tensors that autograd sees coming out of the block."""
+    copies = tuple(t.clone() for t in tensors)
+    if torch.is_grad_enabled() and not any(t.requires_grad for t in copies):
+        return tuple(t.detach().requires_grad_() for t in copies)
+    return copies

@@ -1,0 +1,343 @@
+"""Sharding: an unmodified module becomes a MiCS-sharded one.
+
+`shard` reads as a checklist: blocks found, values made equal, checkpointing applied, blocks sharded over the partition
+group, the rest sharded, the two-hop window installed. The engine underneath is PyTorch's FSDP2 on the one-dimensional
+mesh of the partition group, by its public interface.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mics._compat import reduce_unused_params, reset_iter_state
+from lightning_mics.block_order import BlockOrder
+from lightning_mics.blocks import Block, BlockChoice, find_blocks
+from lightning_mics.groups import Groups
+from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
+from lightning_mics.two_hop import Bucket, Window
+from lightning_mics.usage import Usage
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what dtypes a sharded module travels and sums.
+
+    Attributes:
+        param_dtype: gathers carry parameters in this dtype and the model computes in it; the shards that the
+            optimizer updates keep their own. None: the parameters' own.
+        reduce_dtype: hop 1 and the window's sums. None: fp32, or the parameters' own where that is wider.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("param_dtype", "reduce_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise ValueError(f"{name}={dtype!r} must be a floating-point torch.dtype, as torch.bfloat16, or None")
+
+    def sum_dtype(self, own: torch.dtype) -> torch.dtype:
+        """The dtype in which gradients of parameters of dtype `own` are summed."""
+        return self.reduce_dtype or torch.promote_types(torch.float32, own)
+
+
+@dataclass(frozen=True)
+class WireBytes:
+    """Bytes that one rank sends in one optimizer step, by ring collectives.
+
+    Attributes:
+        gather: all-gathers in the partition group, of all micro-steps.
+        hop_1: reduce-scatters in the partition group, of all micro-steps.
+        hop_2: the all-reduce over the replication group.
+    """
+
+    gather: int
+    hop_1: int
+    hop_2: int
+
+
+class MiCSModule(nn.Module):
+    """The sharded root: a module together with its topology, its groups and its window. Made by `shard`.
+
+    Calling it calls the module, gathering each block's parameters from the partition group on the way.
+    """
+
+    def __init__(self, module: nn.Module, groups: Groups, precision: Precision) -> None:
+        super().__init__()
+        self.module = module
+        self.tied_across_blocks = nn.ParameterList()
+        self.groups = groups
+        self.precision = precision
+        self.blocks: tuple[Block, ...] = ()
+        self.window: Window
+        self.order: BlockOrder
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return self.module(*args, **kwargs)
+
+    @property
+    def one_backward(self) -> bool:
+        """Whether each micro-step is one forward and one backward over the whole module; see `Window`."""
+        return self.window.one_backward
+
+    @one_backward.setter
+    def one_backward(self, value: bool) -> None:
+        self.window.one_backward = value
+        self.order.pass_skipped = value and self.groups.topology.partition_size > 1
+
+    def release(self) -> None:
+        """Free what a forward without a backward left gathered, so that the next gather sees the optimizer's step."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def abort(self) -> None:
+        """After an exception in a forward or a backward: forget the window and whatever was under way."""
+        self.window.drop()
+        reset_iter_state(self)  # type: ignore[arg-type]
+
+    def synchronize_buffers(self) -> None:
+        """Give every rank rank 0's persistent buffers, as DDP does. Collective on the default group."""
+        keys = self.module.state_dict().keys()
+        buffers = [b for name, b in self.module.named_buffers() if name in keys and not isinstance(b, DTensor)]
+        if buffers and self.groups.topology.world_size > 1:
+            broadcast_from_rank_zero(buffers)
+
+    def wire_bytes(self, window: int) -> WireBytes:
+        """What one rank sends in an optimizer step of `window` micro-steps.
+
+        Of a block's gathered bytes B, a ring sends (p-1)/p: once in forward, once in backward, once reduced. What
+        lies outside the blocks is gathered once. Hop 2 sends 2(r-1)/r of a shard.
+        """
+        p, r = self.groups.topology.partition_size, self.groups.topology.replicas
+        gather = hop_1 = hop_2 = 0.0
+        for bucket in self.window.buckets:
+            for param in bucket.parameters:
+                travels = (self.precision.param_dtype or param.dtype).itemsize
+                sums = self.precision.sum_dtype(param.dtype).itemsize
+                gather += (1 if bucket.block is None else 2) * window * param.numel() * travels * (p - 1) / p
+                if param.requires_grad:
+                    hop_1 += window * param.numel() * sums * (p - 1) / p
+                    hop_2 += 2 * (r - 1) / r * param.numel() / p * max(sums, param.dtype.itemsize)
+        return WireBytes(gather=int(gather), hop_1=int(hop_1), hop_2=int(hop_2))
+
+    def describe(self) -> str:
+        """The choice of blocks, for people."""
+        by_class: defaultdict[str, list[Block]] = defaultdict(list)
+        for block in self.blocks:
+            by_class[type(block.module).__name__.removeprefix("FSDP")].append(block)
+        lines = []
+        for name, blocks in by_class.items():
+            numel = sum(p.numel() for p in blocks[0].module.parameters())
+            ends = blocks[0].name if len(blocks) == 1 else f"{blocks[0].name} ... {blocks[-1].name}"
+            lines.append(f"{len(blocks)} x {name} of {numel:,} parameters ({ends})")
+        outside = sum(p.numel() for b in self.window.buckets if b.block is None for p in b.parameters)
+        lines.append(f"{outside:,} parameters outside blocks")
+        return "\n".join(lines)
+
+
+def shard(
+    module: nn.Module,
+    groups: Groups,
+    *,
+    blocks: BlockChoice = None,
+    activation_checkpointing: bool = False,
+    precision: Precision = Precision(),  # noqa: B008 - frozen
+) -> MiCSModule:
+    """Shard `module` over its partition group, in place, with hop 2 over the replication group.
+
+    Collective on the default group: values are made equal to rank 0's, wherever a rank's own came from.
+
+    Args:
+        module: any module; on the meta device, in whole or in part, it is materialised block by block.
+        groups: from `Groups.create`.
+        blocks: which modules are gathered together; see `find_blocks`.
+        activation_checkpointing: recompute each block's forward in backward instead of keeping its activations.
+        precision: dtypes on the wire.
+
+    Returns:
+        The root to call; `module`'s parameters are now DTensors on the partition mesh.
+
+    Raises:
+        ValueError: on every rank before any collective, for a scalar parameter, a block of mixed dtypes, or a module
+            that is sharded over other ranks already.
+    """
+    _check_no_scalars(module)
+    found = find_blocks(module, blocks) if _has_parameters(module) else ()
+    _check_sharded_by_user(module, groups)
+    root = MiCSModule(module, groups, precision)
+    slots = _slots_by_owner(root, found)
+    _check_dtypes(slots, found)
+
+    seed = common_seed(groups.device)
+    for block in found:
+        materialize(module, _modules_within(module, block), groups.device, seed)
+        if activation_checkpointing:
+            _checkpoint_activations(block.module)
+        _shard_block(block.module, slots[block.name], groups, precision)
+    materialize(module, _modules_outside(module, found), groups.device, seed)
+    _equalize_shards(root, groups)
+    policy = _policy(precision, [getattr(owner, name) for owner, name in slots[""]])
+    fully_shard(root, mesh=groups.partition_mesh, mp_policy=policy)
+    reduce_unused_params(root)  # type: ignore[arg-type]
+
+    _install_window(root, found, slots)
+    return root
+
+
+def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precision: Precision) -> None:
+    if isinstance(module, FSDPModule):
+        return
+    own = [getattr(owner, name) for owner, name in slots]
+    ignored = {p for p in module.parameters() if not any(p is q for q in own)}
+    fully_shard(
+        module,
+        mesh=groups.partition_mesh,
+        mp_policy=_policy(precision, own),
+        reshard_after_forward=True,
+        ignored_params=ignored or None,
+    )
+
+
+def _policy(precision: Precision, params: Sequence[Tensor]) -> MixedPrecisionPolicy:
+    own = next((p.dtype for p in params if p.requires_grad), torch.float32)
+    return MixedPrecisionPolicy(
+        param_dtype=precision.param_dtype, reduce_dtype=precision.sum_dtype(own), cast_forward_inputs=False
+    )
+
+
+def _install_window(root: MiCSModule, found: tuple[Block, ...], slots: dict[str, list[_Slot]]) -> None:
+    root.blocks = found
+    root.order = BlockOrder(root, found)
+    gathered_by = {block.module: slots[block.name] for block in found} | {root: slots[""]}
+    buckets = [
+        Bucket(_unique(slots[block.name]), index) for index, block in reversed([*enumerate(found)])
+    ] + [Bucket(_unique(slots[""]), None)]
+    dtypes = {p.dtype for bucket in buckets for p in bucket.parameters if p.requires_grad} or {torch.float32}
+    widest = functools.reduce(torch.promote_types, dtypes)
+    root.window = Window(
+        buckets, root.groups, root.order, Usage(gathered_by), sum_dtype=root.precision.sum_dtype(widest)
+    )
+
+
+# -- who owns which parameter ------------------------------------------------------------------------------------------
+
+_Slot = tuple[nn.Module, str]
+
+
+def _slots_by_owner(root: MiCSModule, found: tuple[Block, ...]) -> dict[str, list[_Slot]]:
+    """For each block's name, and "" for the root: where the parameters it shards are registered, each once.
+
+    A parameter that two blocks share, or a block and the rest, belongs to the root, which stays gathered from forward
+    to backward. One that only blocks hold is registered with the root as well, where the engine looks for it.
+    """
+    holders: defaultdict[int, set[str]] = defaultdict(set)
+    where: dict[int, _Slot] = {}
+    prefixes = {block.name for block in found}
+    for module_name, module in root.module.named_modules(remove_duplicate=False):
+        owner = _block_of(module_name, prefixes)
+        for name, param in module.named_parameters(recurse=False):
+            holders[id(param)].add(owner)
+            if owner == "" or id(param) not in where:
+                where[id(param)] = (module, name)
+    slots: dict[str, list[_Slot]] = {block.name: [] for block in found} | {"": []}
+    for key, slot in where.items():
+        owners = holders[key]
+        if len(owners) > 1 and "" not in owners:
+            root.tied_across_blocks.append(getattr(*slot))
+        slots[next(iter(owners)) if len(owners) == 1 else ""].append(slot)
+    return slots
+
+
+def _block_of(name: str, blocks: set[str]) -> str:
+    parts = name.split(".")
+    return next((".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in blocks), "")
+
+
+def _unique(slots: list[_Slot]) -> tuple[nn.Parameter, ...]:
+    return tuple({id(p): p for p in (getattr(owner, name) for owner, name in slots)}.values())
+
+
+def _modules_within(root: nn.Module, block: Block) -> Iterator[tuple[str, nn.Module]]:
+    return ((f"{block.name}.{name}".rstrip("."), module) for name, module in block.module.named_modules())
+
+
+def _modules_outside(root: nn.Module, found: tuple[Block, ...]) -> Iterator[tuple[str, nn.Module]]:
+    inside = {id(module) for block in found for module in block.module.modules()}
+    return ((name, module) for name, module in root.named_modules() if id(module) not in inside)
+
+
+# -- checks, before any collective -------------------------------------------------------------------------------------
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _check_no_scalars(module: nn.Module) -> None:
+    scalars = [name for name, p in module.named_parameters() if p.ndim == 0]
+    if scalars:
+        raise ValueError(
+            f"{', '.join(scalars)}: a parameter without dimensions cannot be sharded; give it the shape (1,), as in "
+            "nn.Parameter(torch.ones(1))"
+        )
+
+
+def _check_sharded_by_user(module: nn.Module, groups: Groups) -> None:
+    ours = groups.partition_mesh
+    for name, param in module.named_parameters():
+        if isinstance(param, DTensor) and (param.device_mesh.ndim > 1 or not torch.equal(param.device_mesh.mesh, ours.mesh)):
+            raise ValueError(
+                f"{name} is sharded already, over ranks {param.device_mesh.mesh.flatten().tolist()}, not over this rank's "
+                f"partition group {ours.mesh.flatten().tolist()}; leave the sharding to lightning-mics, or shard over its groups"
+            )
+
+
+def _check_dtypes(slots: dict[str, list[_Slot]], found: tuple[Block, ...]) -> None:
+    for name, where in slots.items():
+        dtypes = Counter(getattr(*slot).dtype for slot in where if getattr(*slot).requires_grad)
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{name or 'the parameters outside blocks'}: trainable parameters of several dtypes ({dict(dtypes)}) cannot "
+                "travel in one collective; convert the module to one dtype and choose mixed precision by `precision`"
+            )
+
+
+def _equalize_shards(root: nn.Module, groups: Groups) -> None:
+    """Shards of modules that the user sharded take the first replica's values."""
+    if groups.replication_group is None:
+        return
+    source = dist.get_process_group_ranks(groups.replication_group)[0]
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            for param in module.parameters():
+                if isinstance(param, DTensor):
+                    dist.broadcast(param.to_local().detach(), src=source, group=groups.replication_group)
+
+
+def _checkpoint_activations(module: nn.Module) -> None:
+    """Recompute `module`'s forward in backward. On the instance, so that neither its class nor its names change."""
+    plain: Callable[..., Any] = module.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if module.training and torch.is_grad_enabled():
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+        return plain(*args, **kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]
