@@ -1,0 +1,217 @@
+"""A checkpoint is a directory that every rank writes into.
+
+    DIR/.metadata, *.distcp   model and optimizer tensors, in the format of torch.distributed.checkpoint
+    DIR/lightning.pt          what Lightning keeps beside them: loops, callbacks, hyperparameters, optimizer settings
+    DIR/rng/00003.pt          random state of rank 3
+
+Tensors are one replica's worth in all: ranks that hold the same shard share the writing. It is written aside and
+renamed when every rank is done, so that a directory of this name is a whole checkpoint. Any number of ranks and any
+partition size reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
+
+from lightning_mics.checkpoint.optimizer import empty_like_saved, load_optimizer_state_by_name
+from lightning_mics.checkpoint.rng import get_rng_state
+
+_REST = "lightning.pt"
+_MODEL = "model."
+_T = TypeVar("_T")
+
+
+class Checkpoint:
+    """A checkpoint directory.
+
+    Args:
+        path: the same on every rank, on a file system that all ranks see.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    # -- save --------------------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: dict[str, Any], module: nn.Module) -> None:
+        """Write `checkpoint`, as Lightning dumps it, atomically. Collective on the default group.
+
+        Args:
+            checkpoint: "state_dict", "optimizer_states" (by name), and anything else that torch.save takes.
+            module: the module of the state dict; tells which names are tied and hence one tensor.
+
+        Raises:
+            RuntimeError: on every rank if any rank failed; what stood at `path` before is untouched.
+        """
+        tensors, rest = _split(checkpoint, _aliases(module))
+        aside = self.path.with_name(f".{self.path.name}.partial")
+        _together(lambda: _make_empty(aside) if _rank() == 0 else None, f"cannot create {aside}")
+        dcp.save(tensors, checkpoint_id=aside)
+
+        def write() -> None:
+            if _rank() == 0:
+                torch.save(rest, aside / _REST)
+            torch.save(get_rng_state(), aside / "rng" / f"{_rank():05d}.pt")
+
+        _together(write, f"cannot write into {aside}")
+        _together(lambda: _replace(aside, self.path) if _rank() == 0 else None, f"cannot rename {aside}")
+
+    # -- load --------------------------------------------------------------------------------------------------------
+
+    def load(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool = True, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read tensors into `module` and `optimizers` in place, and return the rest. Collective on the default group.
+
+        Args:
+            module: sharded; its parameters and buffers take the saved values, whatever partition size saved them.
+            optimizers: as saved, in number and in parameters; none to leave them out.
+            strict: whether names missing on either side are an error.
+            weights_only: passed to `torch.load` for Lightning's part; None reads it whole.
+
+        Raises:
+            FileNotFoundError, ValueError: on every rank if there is no checkpoint, or it does not fit; names what.
+        """
+        saved, rest = _together(lambda: self._open(weights_only), f"cannot read {self.path}")
+        targets = _together(lambda: self._model_targets(module, saved, strict), f"cannot load {self.path}")
+        states = rest.pop("optimizer_states", None)
+        if optimizers and states is None:
+            raise ValueError(
+                f"{self.path} holds weights only, no optimizer state to resume from; load it by validate/test/predict, "
+                "or save with save_weights_only=False"
+            )
+        params = dict(module.named_parameters())
+        for i, state in enumerate(states if optimizers else ()):
+            prefix = f"optimizer.{i}."
+            for key, meta in saved.items():
+                if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata):
+                    name, field = key.removeprefix(prefix).rsplit(".", 1)
+                    tensor = empty_like_saved(params[name], meta.size, meta.properties.dtype)
+                    targets[key] = state["state"].setdefault(name, {})[field] = tensor
+        dcp.load(targets, checkpoint_id=self.path)
+        for optimizer, state in zip(optimizers, states or (), strict=bool(optimizers)):
+            load_optimizer_state_by_name(module, optimizer, state)
+        return rest
+
+    def rng_state(self) -> dict[str, Any] | None:
+        """This rank's random state at the save; None if fewer ranks saved."""
+        path = self.path / "rng" / f"{_rank():05d}.pt"
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+    def remove(self) -> None:
+        """Delete it; nothing happens if it is not there."""
+        if self.path.is_symlink() or self.path.is_file():
+            self.path.unlink()
+        elif self.path.is_dir():
+            shutil.rmtree(self.path)
+
+    def _open(self, weights_only: bool | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.path.is_file():
+            raise ValueError(
+                f"{self.path} is a single file, not a checkpoint directory; load its state_dict into the module before "
+                "trainer.fit, or resume from a directory that this strategy saved"
+            )
+        if not (self.path / ".metadata").exists():
+            raise FileNotFoundError(f"{self.path} is not a checkpoint: it has no .metadata; give the directory that was saved")
+        saved = dcp.FileSystemReader(self.path).read_metadata().state_dict_metadata
+        rest = torch.load(self.path / _REST, map_location="cpu", weights_only=bool(weights_only))
+        return dict(saved), rest
+
+    def _model_targets(self, module: nn.Module, saved: dict[str, Any], strict: bool) -> dict[str, Any]:
+        aliases = _aliases(module)
+        wanted = {_MODEL + k: v for k, v in module.state_dict().items() if k not in aliases and isinstance(v, Tensor)}
+        held = {key for key in saved if key.startswith(_MODEL)}
+        missing, unexpected = sorted(wanted.keys() - held), sorted(held - wanted.keys())
+        if strict and (missing or unexpected):
+            raise ValueError(
+                f"names differ: missing in the checkpoint {_listed(missing)}; not in the module {_listed(unexpected)}; "
+                "build the model that was saved, or set strict_loading=False on the LightningModule"
+            )
+        targets = {key: tensor for key, tensor in wanted.items() if key in held}
+        for key, tensor in targets.items():
+            meta = saved[key]
+            if meta.size != tensor.shape or meta.properties.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{key.removeprefix(_MODEL)}: saved with shape {tuple(meta.size)} and {meta.properties.dtype}, "
+                    f"the module has {tuple(tensor.shape)} and {tensor.dtype}; build the model that was saved"
+                )
+        return targets
+
+
+def _split(checkpoint: dict[str, Any], aliases: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, flat, for the distributed writer; and the rest, without them."""
+    rest = {k: v for k, v in checkpoint.items() if k != "state_dict"}
+    state = checkpoint.get("state_dict", {})
+    tensors = {_MODEL + k: v for k, v in state.items() if isinstance(v, Tensor) and k not in aliases}
+    rest["state_dict"] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+    if "optimizer_states" in checkpoint:
+        rest["optimizer_states"] = []
+    for i, optimizer in enumerate(checkpoint.get("optimizer_states", ())):
+        values: dict[str, dict[str, Any]] = {}
+        for name, fields in optimizer["state"].items():
+            tensors |= {f"optimizer.{i}.{name}.{k}": v for k, v in fields.items() if isinstance(v, Tensor)}
+            values[name] = {k: v for k, v in fields.items() if not isinstance(v, Tensor)}
+        rest["optimizer_states"].append({"state": values, "param_groups": optimizer["param_groups"]})
+    return tensors, rest
+
+
+def _aliases(module: nn.Module) -> set[str]:
+    """Names of tied parameters after the first."""
+    first: dict[int, str] = {}
+    names = module.named_parameters(remove_duplicate=False)
+    return {name for name, param in names if first.setdefault(id(param), name) != name}
+
+
+def _together(action: Callable[[], _T], failure: str) -> _T:
+    """Run `action` on every rank; if it raises on any, raise on all, so that none waits for it."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as exception:
+        error = exception
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError(f"{failure}: {'; '.join(failed[:3])}")
+    return result  # type: ignore[return-value]
+
+
+def _make_empty(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        shutil.rmtree(path)
+    (path / "rng").mkdir(parents=True)
+
+
+def _replace(aside: Path, path: Path) -> None:
+    """Put `aside` where `path` is, which stays whole until then."""
+    old = path.with_name(f".{path.name}.old")
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        os.replace(path, old)
+    os.replace(aside, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _rank() -> int:
+    return dist.get_rank()
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(name.removeprefix(_MODEL) for name in names[:5])
+    return f"[{shown}{f', and {len(names) - 5} more' if len(names) > 5 else ''}]"

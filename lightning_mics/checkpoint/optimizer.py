@@ -1,0 +1,81 @@
+"""Optimizer state by parameter name.
+
+torch numbers parameters; a checkpoint that outlives the code names them. The live optimizer is only read: asking the
+distributed checkpoint library for its state would take a step to create what is not there yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+StateByName = dict[str, Any]
+
+
+def optimizer_state_by_name(module: nn.Module, optimizer: Optimizer) -> StateByName:
+    """The optimizer's state dict, with parameter names for indices.
+
+    Returns:
+        "state": for each name a dict of tensors (DTensors where the parameter's shape is kept) and values;
+        "param_groups": each with the names in its "params".
+    """
+    names = _names(module, optimizer)
+    plain = optimizer.state_dict()
+    order = [name for group in names for name in group]
+    return {
+        "state": {order[index]: state for index, state in plain["state"].items()},
+        "param_groups": [{**group, "params": named} for group, named in zip(plain["param_groups"], names, strict=True)],
+    }
+
+
+def load_optimizer_state_by_name(module: nn.Module, optimizer: Optimizer, by_name: Mapping[str, Any]) -> None:
+    """The reverse of `optimizer_state_by_name`.
+
+    Raises:
+        ValueError: if the optimizer's groups do not hold the parameters they held when it was saved.
+    """
+    names = _names(module, optimizer)
+    saved = [group["params"] for group in by_name["param_groups"]]
+    if names != saved:
+        raise ValueError(
+            f"the optimizer holds {sum(map(len, names))} parameters in {len(names)} groups, the checkpoint "
+            f"{sum(map(len, saved))} in {len(saved)}, first different: {_first_difference(names, saved)}; build the "
+            "optimizer as it was built when the checkpoint was saved"
+        )
+    order = {name: index for index, name in enumerate(name for group in names for name in group)}
+    start = 0
+    groups = []
+    for group in by_name["param_groups"]:
+        stop = start + len(group["params"])
+        groups.append({**group, "params": list(range(start, stop))})
+        start = stop
+    state = {order[name]: value for name, value in by_name["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def empty_like_saved(param: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor to read a saved state of `param` into: sharded as the parameter where the shape is its own."""
+    if size == param.shape:
+        return torch.empty_like(param, dtype=dtype, requires_grad=False)
+    return torch.empty(size, dtype=dtype)
+
+
+def _names(module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    name_of = {id(p): name for name, p in module.named_parameters()}
+    groups = [[name_of.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    if any(name is None for group in groups for name in group):
+        raise ValueError(
+            "the optimizer holds a parameter that is not the sharded module's; make optimizers in "
+            "configure_optimizers, from self.parameters()"
+        )
+    return groups  # type: ignore[return-value]
+
+
+def _first_difference(ours: list[list[str]], saved: list[list[str]]) -> str:
+    flat = [name for group in ours for name in group], [name for group in saved for name in group]
+    pair = next(((a, b) for a, b in zip(*flat, strict=False) if a != b), ("(none)", "(none)"))
+    return f"{pair[0]} here, {pair[1]} there"

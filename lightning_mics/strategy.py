@@ -1,0 +1,409 @@
+"""The Lightning strategy: `Trainer(strategy="mics", accumulate_grad_batches=4)`.
+
+Thin by intent: it sets up the partition and replication groups, shards the LightningModule into a `MiCSModule`, and
+tells the window where micro-steps, boundaries and optimizer steps are. All of Lightning's hooks mean what they mean
+under DDP. `lightning.pytorch` and `pytorch_lightning` are two trees of classes; each gets its own subclass of the same
+`MiCSStrategyMixin`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import pytorch_lightning
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mics._compat import script_launcher
+from lightning_mics.blocks import BlockChoice
+from lightning_mics.checkpoint import Checkpoint, optimizer_state_by_name, set_rng_state
+from lightning_mics.groups import Groups
+from lightning_mics.sharding import MiCSModule, Precision, shard
+from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
+
+if TYPE_CHECKING:
+    _Base = ParallelStrategy
+else:
+    _Base = object
+
+_MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+_SHARDED = "_mics_module"
+_REDUCE_OPS = {"mean": dist.ReduceOp.SUM, "avg": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM}
+
+
+class MiCSStrategyMixin(_Base):
+    """MiCS for Lightning: model state sharded in partition groups, replicated across them, synchronised in two hops.
+
+    Args:
+        partition_size: ranks that hold one replica: a number, `"node"` for one replica a node (the default), or None
+            for one replica over all ranks (ZeRO-3).
+        ranks_per_node: by default from torchrun, SLURM or the Trainer's `devices`.
+        blocks: the modules whose parameters travel together. By default the model's repeated layers; otherwise a
+            class or its name, several, a predicate `(name, module) -> bool`, or a `ModuleWrapPolicy`.
+        activation_checkpointing: recompute each block's forward in backward instead of keeping its activations.
+        param_dtype: dtype in which parameters travel and compute. By default that of the Trainer's precision: 16 bits
+            under "16-mixed" and "bf16-mixed" (shards stay fp32), otherwise the parameters' own.
+        reduce_dtype: dtype of hop 1 and of the window's sums. By default fp32, or wider where the parameters are.
+        process_group_backend: "nccl", "gloo", ...; by default that of the device.
+        timeout: of the process groups. By default torch's.
+
+    Raises:
+        ValueError: for a `partition_size` that does not fit the cluster, on every rank before any collective.
+    """
+
+    strategy_name = "mics"
+    _tree = "lightning.pytorch"
+
+    def __init__(
+        self,
+        partition_size: PartitionSize = "node",
+        *,
+        ranks_per_node: int | None = None,
+        blocks: BlockChoice = None,
+        activation_checkpointing: bool = False,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_nodes = 1
+        self._partition_size = partition_size
+        self._ranks_per_node = ranks_per_node
+        self._blocks = blocks
+        self._activation_checkpointing = activation_checkpointing
+        self._precision = Precision(param_dtype, reduce_dtype)
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._groups: Groups | None = None
+        self._resumed_rng: dict[str, Any] | None = None
+
+    # -- the cluster -------------------------------------------------------------------------------------------------
+
+    @property
+    def topology(self) -> Topology:
+        """Who shards with whom. Known as soon as the Trainer is made."""
+        k = self._ranks_per_node or ranks_per_node_from_environment(os.environ) or self.num_processes
+        return Topology.resolve(self._partition_size, world_size=self.num_nodes * self.num_processes, ranks_per_node=k)
+
+    @property
+    def mics(self) -> MiCSModule:
+        """The sharded root, once the Trainer has set up the model."""
+        if not isinstance(self.model, MiCSModule):
+            raise RuntimeError("the model is not sharded yet; MiCSStrategy shards it when the Trainer starts to run it")
+        return self.model
+
+    @property
+    def is_distributed(self) -> bool:
+        """Tells Lightning to give each rank its own part of the data."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices or ())
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """The backend asked for, or the one in use."""
+        return self._process_group_backend
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        _ = self.topology  # refuses what does not fit before any process is started
+        if not self.cluster_environment.creates_processes_externally:
+            launcher = script_launcher(self._tree)
+            self._launcher = launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._set_world_ranks()
+        self._init_process_group()
+        self._groups = Groups.create(self.topology, self.root_device.type)
+
+    def _set_world_ranks(self) -> None:
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank
+
+    def _init_process_group(self) -> None:
+        if dist.is_initialized():
+            return
+        assert self.cluster_environment is not None
+        device = self.root_device
+        backend = self._process_group_backend or dist.get_default_backend_for_device(device)
+        self._process_group_backend = backend
+        os.environ["MASTER_ADDR"] = self.cluster_environment.main_address
+        os.environ["MASTER_PORT"] = str(self.cluster_environment.main_port)
+        dist.init_process_group(
+            backend,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            timeout=self._timeout,
+            device_id=device if device.type != "cpu" and backend == "nccl" else None,
+        )
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """`trainer.init_module(empty_init=True)` builds on the meta device; values come block by block in setup."""
+        context: AbstractContextManager[Any] = torch.device("meta") if empty_init else nullcontext()
+        with context, self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    def model_to_device(self) -> None:
+        """Nothing to do: each block goes to the device when it is sharded."""
+
+    @override
+    def _setup_model(self, model: nn.Module) -> MiCSModule:
+        assert self._groups is not None
+        sharded = model.__dict__.get(_SHARDED)
+        if sharded is None:
+            sharded = shard(
+                model,
+                self._groups,
+                blocks=self._blocks,
+                activation_checkpointing=self._activation_checkpointing,
+                precision=self._precision_for(self.precision_plugin),
+            )
+            # Not a submodule: a second Trainer finds the module sharded, and its state dict is as it was.
+            model.__dict__[_SHARDED] = sharded
+        elif sharded.groups.topology != self._groups.topology:
+            raise ValueError(
+                f"the model is sharded already, for {sharded.groups.topology}, and this Trainer runs "
+                f"{self._groups.topology}; build a new model, or keep partition_size"
+            )
+        sharded.window.drop()
+        sharded.release()
+        sharded.one_backward = bool(getattr(model, "automatic_optimization", True))
+        return sharded  # type: ignore[no-any-return]
+
+    def _precision_for(self, plugin: Any) -> Precision:
+        param_dtype = self._precision.param_dtype or _MIXED.get(str(plugin.precision))
+        return Precision(param_dtype, self._precision.reduce_dtype)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        self._reset_optimizers_and_schedulers()  # those of an earlier run
+        super().setup_optimizers(trainer)
+
+    # -- the schedule ------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._resumed_rng is not None:
+            set_rng_state(self._resumed_rng)
+            self._resumed_rng = None
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self.lightning_module.automatic_optimization:
+            self.mics.window.begin((trainer.current_epoch, batch_idx // trainer.accumulate_grad_batches))
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Gradient accumulation: hop 1 only."""
+        with self.mics.window.hop_1_only():
+            yield
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward, with both hops complete before `on_after_backward` looks at the gradients."""
+        assert self.lightning_module is not None
+        module, precision = self.lightning_module, self.precision_plugin
+        self.pre_backward(closure_loss)
+        closure_loss = precision.pre_backward(closure_loss, module)
+        with self.mics.window.backward():
+            precision.backward(closure_loss, module, optimizer, *args, **kwargs)
+        closure_loss = precision.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    @override
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        """The window closes: hop 2 is complete on every parameter and nothing partial is left; then the step."""
+
+        def closing() -> Any:
+            result = closure()
+            self.mics.window.close()
+            return result
+
+        output = super().optimizer_step(optimizer, closing, model, **kwargs)
+        self.mics.release()
+        return output
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if isinstance(self.model, MiCSModule):
+            self.model.abort()
+
+    @override
+    def on_validation_start(self) -> None:
+        self.mics.synchronize_buffers()
+
+    @override
+    def on_test_start(self) -> None:
+        self.mics.synchronize_buffers()
+
+    @override
+    def on_predict_start(self) -> None:
+        self.mics.synchronize_buffers()
+
+    # -- collectives of Lightning's own ------------------------------------------------------------------------------
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            device = self.root_device
+            dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduce a tensor over `group` (all ranks by default); anything else comes back as it is.
+
+        Args:
+            tensor: of any shape; integers are averaged as floats.
+            group: a process group.
+            reduce_op: "mean" (or "avg"), "sum", or a `torch.distributed.ReduceOp`.
+        """
+        if not isinstance(tensor, Tensor) or not dist.is_initialized():
+            return tensor
+        name = reduce_op.lower() if isinstance(reduce_op, str) else None
+        if name is not None and name not in _REDUCE_OPS:
+            raise ValueError(f"reduce_op={reduce_op!r} is not understood; choose one of {', '.join(_REDUCE_OPS)}")
+        averages = name in ("mean", "avg") or reduce_op is None or reduce_op == dist.ReduceOp.AVG
+        tensor = tensor.to(self.root_device, copy=True).contiguous()
+        if averages and not tensor.is_floating_point():
+            tensor = tensor.float()
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if averages or name else reduce_op, group=group)
+        return tensor / dist.get_world_size(group) if averages else tensor
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        self.mics.release()
+        self.mics.synchronize_buffers()
+        return self.lightning_module.state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return optimizer_state_by_name(self.lightning_module, getattr(optimizer, "optimizer", optimizer))
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None:
+            raise TypeError(
+                f"storage_options={storage_options!r}: a sharded checkpoint is written by every rank to a shared file "
+                "system and takes no storage options; leave it out"
+            )
+        assert self.lightning_module is not None
+        Checkpoint(self.broadcast(filepath)).save(checkpoint, self.lightning_module)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        checkpoint = Checkpoint(self.broadcast(checkpoint_path))
+        self.mics.release()
+        rest = checkpoint.load(
+            self.lightning_module,
+            self.optimizers,
+            strict=self.lightning_module.strict_loading,
+            weights_only=weights_only,
+        )
+        self._resumed_rng = checkpoint.rng_state() if self.optimizers else None
+        return rest
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing to do: `load_checkpoint` has read each rank's shards in place."""
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing to do: `load_checkpoint` has read each rank's shards in place."""
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            Checkpoint(filepath).remove()
+
+    @override
+    def teardown(self) -> None:
+        """Shards stay on their device: the module may be run again, and is whole nowhere."""
+        assert self.cluster_environment is not None and self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+
+class MiCSStrategy(MiCSStrategyMixin, ParallelStrategy):
+    __doc__ = MiCSStrategyMixin.__doc__
+
+
+class PytorchLightningMiCSStrategy(MiCSStrategyMixin, pytorch_lightning.strategies.ParallelStrategy):
+    """The same, for a `pytorch_lightning.Trainer`."""
+
+    _tree = "pytorch_lightning"
+
+
+def register() -> None:
+    """Make the name "mics" known to both Lightning trees. Calling it again changes nothing."""
+    for registry, strategy in (
+        (StrategyRegistry, MiCSStrategy),
+        (pytorch_lightning.strategies.StrategyRegistry, PytorchLightningMiCSStrategy),
+    ):
+        if strategy.strategy_name not in registry.available_strategies():
+            registry.register(strategy.strategy_name, strategy, description="MiCS: sharded in groups, two-hop gradients")
