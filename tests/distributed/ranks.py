@@ -1,0 +1,93 @@
+"""Run a function on real gloo processes.
+
+Processes come from a fork server that has torch and Lightning imported, so that a test with four ranks starts in
+half a second. The function is a module-level one; what it returns on each rank comes back as a list.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "lightning_mics", "transformers.models.gpt2"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, **env: str) -> list[Any]:
+    """`function(*args)` on `world_size` ranks with the default process group set up; their results in rank order.
+
+    Raises:
+        AssertionError: with the first failing rank's traceback.
+    """
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = _context.Pipe(duplex=False)
+        process = _context.Process(target=_main, args=(theirs, rank, world_size, port, env, function, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return _collect(pipes, timeout)
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = dict(enumerate(pipes))
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting.values()), timeout)
+        if not ready:
+            raise AssertionError(f"ranks {sorted(waiting)} did not finish within {timeout} s")
+        for rank, pipe in [(r, p) for r, p in waiting.items() if p in ready]:
+            del waiting[rank]
+            try:
+                failure, results[rank] = pipe.recv()
+            except EOFError:
+                failure = "the process died"
+            if failure:
+                raise AssertionError(f"rank {rank}:\n{failure}")
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _main(
+    pipe: Connection, rank: int, world_size: int, port: int, env: dict[str, str], function: Any, args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        WORLD_SIZE=str(world_size),
+        GLOO_SOCKET_IFNAME="lo",
+        **env,
+    )
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        result = function(*args)
+        dist.destroy_process_group()
+        pipe.send((None, result))
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
