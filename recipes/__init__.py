@@ -1,0 +1,1 @@
+"""Recipes: the main training job, its models and its data."""
