@@ -128,9 +128,7 @@ class TextDataModule(LightningDataModule):
             # Imported here, as only those who name a dataset need its package.
             from recipes.data.huggingface import HuggingFaceText
 
-            self.corpus = HuggingFaceText(
-                dataset, dataset_config, split, data_files, text_column, max_documents
-            )
+            self.corpus = HuggingFaceText(dataset, dataset_config, split, data_files, text_column, max_documents)
         self.objective = Objective(objective)
         self.seq_len = seq_len
         self.batch_size = batch_size
@@ -190,9 +188,7 @@ class TextDataModule(LightningDataModule):
         """
         samples = self._samples(Split.TRAIN)
         sampler = EpochSampler(len(samples), self.batch_size, *self._rank_and_world_size(), seed=self.seed)
-        return ResumableLoader(
-            samples, sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
-        )
+        return ResumableLoader(samples, sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -246,9 +242,7 @@ class TextDataModule(LightningDataModule):
         tokens = store.tokens(side)
         samples: Samples = CausalSamples(tokens, self.seq_len)
         if self.objective is Objective.MASKED:
-            samples = MaskedSamples(
-                tokens, self.seq_len, vocab_size=store.vocab_size, seed=self.seed, split=side
-            )
+            samples = MaskedSamples(tokens, self.seq_len, vocab_size=store.vocab_size, seed=self.seed, split=side)
         if not len(samples):
             raise ValueError(
                 f"seq_len={self.seq_len} is longer than the {side} side of {self.corpus.name}, which has "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import datasets  # type: ignore[import-untyped]
+import datasets
 
 from recipes.data.corpus import Document
 
@@ -66,14 +66,10 @@ class HuggingFaceText:
     def _load(self) -> datasets.Dataset:
         folder = Path(self.dataset).expanduser()
         if not any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            return datasets.load_dataset(
-                self.dataset, self.config, split=self.split, data_files=self.data_files
-            )
+            return datasets.load_dataset(self.dataset, self.config, split=self.split, data_files=self.data_files)
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.Dataset):
             return saved
         if self.split not in saved:
-            raise ValueError(
-                f"split={self.split!r} is not in {self.dataset}; choose one of {', '.join(saved)}"
-            )
+            raise ValueError(f"split={self.split!r} is not in {self.dataset}; choose one of {', '.join(saved)}")
         return saved[self.split]

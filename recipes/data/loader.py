@@ -9,7 +9,7 @@ size too.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class EpochSampler:
         rank: this rank.
         world_size: ranks that share the samples.
         seed: of the permutations.
-        epoch: the epoch to deal; Lightning sets it through ``set_epoch``.
+        epoch: the trainer's epoch; Lightning sets it through ``set_epoch``.
 
     Raises:
         ValueError: the samples do not fill one micro-step.
@@ -64,15 +64,30 @@ class EpochSampler:
         return self.samples // self.global_batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that ``batches`` deals."""
+        """Take note of the trainer's epoch."""
         self.epoch = epoch
 
-    def batches(self, consumed: int = 0) -> Iterator[list[int]]:
-        """This rank's sample numbers, step by step, once all ranks have consumed so many."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
+    def batches(self, epoch: int, consumed: int = 0) -> Iterator[list[int]]:
+        """This rank's sample numbers in an epoch, by micro-step, once all ranks have consumed so many."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.samples)
         for start in range(consumed, self.samples - self.global_batch_size + 1, self.global_batch_size):
             mine = start + self.rank * self.batch_size
             yield order[mine : mine + self.batch_size].tolist()
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far training has come.
+
+    Attributes:
+        epoch: the epoch of the data, which order and masks are drawn from.
+        consumed: samples that all ranks together have consumed in it.
+        trainer_epoch: what the trainer called this epoch.
+    """
+
+    epoch: int
+    consumed: int
+    trainer_epoch: int
 
 
 class ResumableLoader:
@@ -99,9 +114,9 @@ class ResumableLoader:
         self.sampler = sampler
         self._samples = samples
         self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        self._epoch = sampler.epoch
-        self._consumed = 0
+        self._place = Place(0, 0, 0)
         self._resuming = False
+        self._lag = 0
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -109,21 +124,29 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing is decided before the first batch is asked for, by when Lightning, which makes
         # the iterator first, has set the epoch.
-        epoch = self.sampler.epoch
-        if not self._resuming or self._epoch != epoch:
-            self._epoch, self._consumed = epoch, 0
-        self._resuming = False
-        batches = self.sampler.batches(self._consumed)
-        for batch in _loader(self._samples, epoch, batch_sampler=batches, **self._options):
-            self._consumed += self.sampler.global_batch_size
+        place = self._place = self._first_place()
+        batches = self.sampler.batches(place.epoch, place.consumed)
+        for batch in _loader(self._samples, place.epoch, batch_sampler=batches, **self._options):
+            self._place = place = replace(place, consumed=place.consumed + self.sampler.global_batch_size)
             yield batch
 
+    def _first_place(self) -> Place:
+        trainer_epoch = self.sampler.epoch
+        if self._resuming:
+            self._resuming = False
+            if trainer_epoch == self._place.trainer_epoch:
+                return self._place
+            # Lightning counts the epoch twice when max_steps is set and the checkpoint was saved at its end: what
+            # follows is the next epoch nevertheless.
+            self._lag = trainer_epoch - (self._place.epoch + 1)
+        return Place(trainer_epoch - self._lag, 0, trainer_epoch)
+
     def state_dict(self) -> dict[str, int]:
-        """The place: the epoch, and the samples that all ranks consumed in it. Equal on all ranks."""
-        return {"epoch": self._epoch, "consumed": self._consumed, **self._order()}
+        """The place, and the order that it is a place in. Equal on all ranks."""
+        return {**asdict(self._place), **self._order()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from a place when its epoch is next iterated; another epoch starts at its beginning.
+        """Continue from a place; when the trainer is past its epoch, from the beginning of the next.
 
         Raises:
             ValueError: the place is in another order of samples.
@@ -135,7 +158,7 @@ class ResumableLoader:
                 "give the text, seq_len, val_fraction and seed that it was trained with, "
                 "or load its weights alone"
             )
-        self._epoch, self._consumed = state_dict["epoch"], state_dict["consumed"]
+        self._place = Place(**{field.name: state_dict[field.name] for field in fields(Place)})
         self._resuming = True
 
     def _order(self) -> dict[str, int]:

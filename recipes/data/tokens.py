@@ -128,8 +128,7 @@ def prepare(corpus: Corpus, *, vocab_size: int, val_fraction: float, cache_dir: 
     if store := TokenStore.find(folder):
         return store
     cache_dir.mkdir(parents=True, exist_ok=True)
-    # A soft lock would outlive a killed holder.
-    with FileLock(f"{folder}.lock", fallback_to_soft=False):
+    with FileLock(f"{folder}.lock"):
         if store := TokenStore.find(folder):
             return store
         _log.info("tokenizing %s into %s", corpus.name, folder)
@@ -138,8 +137,12 @@ def prepare(corpus: Corpus, *, vocab_size: int, val_fraction: float, cache_dir: 
         for remains in (part, folder):
             shutil.rmtree(remains, ignore_errors=True)
         part.mkdir()
-        _write_store(part, corpus, contents, vocab_size=vocab_size, val_fraction=val_fraction)
-        os.rename(part, folder)
+        try:
+            _write_store(part, corpus, contents, vocab_size=vocab_size, val_fraction=val_fraction)
+            os.rename(part, folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         _sync(cache_dir)
     store = TokenStore.find(folder)
     assert store is not None, f"{folder} was written and cannot be read"
@@ -159,9 +162,7 @@ def store_key(contents: Fingerprint, *, vocab_size: int, val_fraction: float) ->
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
 
 
-def _write_store(
-    folder: Path, corpus: Corpus, contents: Fingerprint, *, vocab_size: int, val_fraction: float
-) -> None:
+def _write_store(folder: Path, corpus: Corpus, contents: Fingerprint, *, vocab_size: int, val_fraction: float) -> None:
     sides = [*Split]
 
     def pieces() -> Iterator[tuple[Split, str, bool]]:
