@@ -85,7 +85,7 @@ def _predicate(choice: BlockChoice) -> BlockPredicate:
     if isinstance(classes, Collection) and all(isinstance(c, type | str) for c in classes):
         wanted = set(classes)
         return lambda _, module: any(c in wanted or c.__name__ in wanted for c in _user_classes(module))
-    if callable(choice):
+    if callable(choice) and not isinstance(choice, type):
         return choice
     raise TypeError(
         f"blocks={choice!r} is not understood; give a module class or its name, several of them, a predicate "

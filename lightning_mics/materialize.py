@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -78,14 +79,20 @@ def _allocate(root: nn.Module, modules: list[tuple[str, nn.Module]], device: tor
 
 
 def _initialiser(root: nn.Module, name: str, module: nn.Module) -> Callable[[nn.Module], object]:
-    for depth in range(name.count(".") + 1, -1, -1):
-        above = root.get_submodule(".".join(name.split(".")[:depth])) if name else root
-        if callable(getattr(above, "_init_weights", None)) and hasattr(above, "config"):
-            return above._init_weights
-    for method in RESET_METHODS:
-        if callable(getattr(module, method, None)):
-            return getattr(type(module), method)
-    return lambda _: None
+    parts = name.split(".")
+    for depth in range(len(parts), -1, -1):
+        above = root.get_submodule(".".join(parts[:depth]))
+        initialise = getattr(above, "_init_weights", None)
+        if callable(initialise) and hasattr(above, "config"):
+            return cast(Callable[[nn.Module], object], initialise)
+    return _reset_by_itself
+
+
+def _reset_by_itself(module: nn.Module) -> None:
+    resets = (getattr(module, method, None) for method in RESET_METHODS)
+    reset = next((r for r in resets if callable(r)), None)
+    if reset is not None:
+        reset()
 
 
 def _take_from_rank_zero(modules: list[tuple[str, nn.Module]], already: set[int], device: torch.device) -> None:
@@ -137,5 +144,8 @@ def _unset_value(dtype: torch.dtype) -> float | int:
 def _is_unset(tensor: Tensor) -> bool:
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         return bool(tensor.isnan().any())
-    return tensor.dtype != torch.bool and tensor.dtype != torch.uint8 and bool((tensor == _unset_value(tensor.dtype)).any())
-
+    return (
+        tensor.dtype != torch.bool
+        and tensor.dtype != torch.uint8
+        and bool((tensor == _unset_value(tensor.dtype)).any())
+    )

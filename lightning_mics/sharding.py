@@ -157,7 +157,7 @@ def shard(
     *,
     blocks: BlockChoice = None,
     activation_checkpointing: bool = False,
-    precision: Precision = Precision(),  # noqa: B008 - frozen
+    precision: Precision = Precision(),
 ) -> MiCSModule:
     """Shard `module` over its partition group, in place, with hop 2 over the replication group.
 
@@ -225,9 +225,9 @@ def _install_window(root: MiCSModule, found: tuple[Block, ...], slots: dict[str,
     root.blocks = found
     root.order = BlockOrder(root, found)
     gathered_by = {block.module: slots[block.name] for block in found} | {root: slots[""]}
-    buckets = [
-        Bucket(_unique(slots[block.name]), index) for index, block in reversed([*enumerate(found)])
-    ] + [Bucket(_unique(slots[""]), None)]
+    buckets = [Bucket(_unique(slots[block.name]), index) for index, block in reversed([*enumerate(found)])] + [
+        Bucket(_unique(slots[""]), None)
+    ]
     dtypes = {p.dtype for bucket in buckets for p in bucket.parameters if p.requires_grad} or {torch.float32}
     widest = functools.reduce(torch.promote_types, dtypes)
     root.window = Window(
@@ -255,7 +255,7 @@ def _slots_by_owner(root: MiCSModule, found: tuple[Block, ...]) -> dict[str, lis
             holders[id(param)].add(owner)
             if owner == "" or id(param) not in where:
                 where[id(param)] = (module, name)
-    slots: dict[str, list[_Slot]] = {block.name: [] for block in found} | {"": []}
+    slots: dict[str, list[_Slot]] = {name: [] for name in (*prefixes, "")}
     for key, slot in where.items():
         owners = holders[key]
         if len(owners) > 1 and "" not in owners:
@@ -301,10 +301,13 @@ def _check_no_scalars(module: nn.Module) -> None:
 def _check_sharded_by_user(module: nn.Module, groups: Groups) -> None:
     ours = groups.partition_mesh
     for name, param in module.named_parameters():
-        if isinstance(param, DTensor) and (param.device_mesh.ndim > 1 or not torch.equal(param.device_mesh.mesh, ours.mesh)):
+        if isinstance(param, DTensor) and (
+            param.device_mesh.ndim > 1 or not torch.equal(param.device_mesh.mesh, ours.mesh)
+        ):
             raise ValueError(
-                f"{name} is sharded already, over ranks {param.device_mesh.mesh.flatten().tolist()}, not over this rank's "
-                f"partition group {ours.mesh.flatten().tolist()}; leave the sharding to lightning-mics, or shard over its groups"
+                f"{name} is sharded already, over ranks {param.device_mesh.mesh.flatten().tolist()}, not over this "
+                f"rank's partition group {ours.mesh.flatten().tolist()}; leave the sharding to lightning-mics, or shard "
+                "over its groups"
             )
 
 
@@ -313,8 +316,8 @@ def _check_dtypes(slots: dict[str, list[_Slot]], found: tuple[Block, ...]) -> No
         dtypes = Counter(getattr(*slot).dtype for slot in where if getattr(*slot).requires_grad)
         if len(dtypes) > 1:
             raise ValueError(
-                f"{name or 'the parameters outside blocks'}: trainable parameters of several dtypes ({dict(dtypes)}) cannot "
-                "travel in one collective; convert the module to one dtype and choose mixed precision by `precision`"
+                f"{name or 'the parameters outside blocks'}: trainable parameters of several dtypes ({dict(dtypes)}) "
+                "cannot travel in one collective; convert the module to one dtype, and mix by param_dtype"
             )
 
 

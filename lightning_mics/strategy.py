@@ -33,7 +33,7 @@ from lightning_mics.sharding import MiCSModule, Precision, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
 
 if TYPE_CHECKING:
-    _Base = ParallelStrategy
+    from lightning.pytorch.strategies import ParallelStrategy as _Base
 else:
     _Base = object
 
@@ -114,7 +114,8 @@ class MiCSStrategyMixin(_Base):
     @override
     def root_device(self) -> torch.device:
         assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
+        device: torch.device = self.parallel_devices[self.local_rank]
+        return device
 
     @property
     def num_processes(self) -> int:
@@ -249,9 +250,7 @@ class MiCSStrategyMixin(_Base):
         return closure_loss
 
     @override
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """The window closes: hop 2 is complete on every parameter and nothing partial is left; then the step."""
 
         def closing() -> Any:
@@ -334,7 +333,8 @@ class MiCSStrategyMixin(_Base):
         assert self.lightning_module is not None
         self.mics.release()
         self.mics.synchronize_buffers()
-        return self.lightning_module.state_dict()
+        state: dict[str, Any] = self.lightning_module.state_dict()
+        return state
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -406,4 +406,6 @@ def register() -> None:
         (pytorch_lightning.strategies.StrategyRegistry, PytorchLightningMiCSStrategy),
     ):
         if strategy.strategy_name not in registry.available_strategies():
-            registry.register(strategy.strategy_name, strategy, description="MiCS: sharded in groups, two-hop gradients")
+            registry.register(
+                strategy.strategy_name, strategy, description="MiCS: sharded in groups, two-hop gradients"
+            )

@@ -70,7 +70,12 @@ class Checkpoint:
     # -- load --------------------------------------------------------------------------------------------------------
 
     def load(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool = True, weights_only: bool | None = None
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        strict: bool = True,
+        weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Read tensors into `module` and `optimizers` in place, and return the rest. Collective on the default group.
 
@@ -123,7 +128,9 @@ class Checkpoint:
                 "trainer.fit, or resume from a directory that this strategy saved"
             )
         if not (self.path / ".metadata").exists():
-            raise FileNotFoundError(f"{self.path} is not a checkpoint: it has no .metadata; give the directory that was saved")
+            raise FileNotFoundError(
+                f"{self.path} is not a checkpoint: it has no .metadata; give the directory that was saved"
+            )
         saved = dcp.FileSystemReader(self.path).read_metadata().state_dict_metadata
         rest = torch.load(self.path / _REST, map_location="cpu", weights_only=bool(weights_only))
         return dict(saved), rest

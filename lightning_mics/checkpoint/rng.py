@@ -14,7 +14,7 @@ import torch
 
 def get_rng_state() -> dict[str, Any]:
     """This rank's generators, as tensors and plain Python values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is the point
+    name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
@@ -29,7 +29,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Put this rank's generators where `get_rng_state` found them."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
