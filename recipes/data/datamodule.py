@@ -230,7 +230,8 @@ class TextDataModule(LightningDataModule):
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
         """The text of ids of shape (tokens,); special tokens and unused ids are left out."""
-        return self._opened().tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        text: str = self._opened().tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        return text
 
     def _opened(self) -> TokenStore:
         if self._store is None:

@@ -95,7 +95,8 @@ class ResumableLoader:
 
     Lightning saves and loads the state of any loader that has one, and wraps only what is a torch
     ``DataLoader``: this is none, so that its sampling is what runs. The state counts batches that were handed
-    out, not what workers have fetched ahead.
+    out, not what workers have fetched ahead; so a checkpoint that an exception writes in the middle of a
+    micro-step leaves that micro-step's batch out.
 
     Its length is that of a whole epoch, also when it resumes in the middle of one. Lightning counts an epoch
     in batches, so after a change of world size or batch size the epoch that was under way may end some
