@@ -135,11 +135,12 @@ class ResumableLoader:
         trainer_epoch = self.sampler.epoch
         if self._resuming:
             self._resuming = False
-            if trainer_epoch == self._place.trainer_epoch:
+            same = trainer_epoch == self._place.trainer_epoch
+            # Lightning counts an epoch twice when max_steps is set and the checkpoint was saved at the epoch's
+            # end: what follows is the next epoch nevertheless.
+            self._lag = trainer_epoch - (self._place.epoch if same else self._place.epoch + 1)
+            if same:
                 return self._place
-            # Lightning counts the epoch twice when max_steps is set and the checkpoint was saved at its end: what
-            # follows is the next epoch nevertheless.
-            self._lag = trainer_epoch - (self._place.epoch + 1)
         return Place(trainer_epoch - self._lag, 0, trainer_epoch)
 
     def state_dict(self) -> dict[str, int]:

@@ -128,7 +128,7 @@ def test_a_place_counts_once() -> None:
 def test_after_the_end_of_an_epoch_comes_the_next_whatever_the_trainer_calls_it(trainer_epoch: int) -> None:
     one = loader()
     epochs = []
-    for epoch in range(3):
+    for epoch in range(4):
         one.sampler.set_epoch(epoch)
         epochs.append(numbers(one))
 
@@ -144,6 +144,8 @@ def test_after_the_end_of_an_epoch_comes_the_next_whatever_the_trainer_calls_it(
     again.load_state_dict(resumed.state_dict())
     again.sampler.set_epoch(trainer_epoch + 1)
     assert numbers(again) == epochs[2][4:]
+    again.sampler.set_epoch(trainer_epoch + 2)
+    assert numbers(again) == epochs[3]
 
 
 def test_the_epoch_may_be_set_after_the_iterator_was_made() -> None:
