@@ -31,14 +31,14 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def reduce_unused_params(root: FSDPModule) -> None:
-    """A parameter that got no gradient on one rank takes part in hop 1 with zeros, so that no rank waits for it.
+def reduce_unused_params(root: FSDPModule, enable: bool) -> None:
+    """Whether a parameter without a gradient takes part in hop 1 with zeros, so that no rank waits for another.
 
     torch 2.13 has a switch; torch 2.11 does not, and there a block must use all its parameters on every rank.
     Test: tests/distributed/test_blocks_in_step.py.
     """
     if HAS_UNUSED_PARAMS:
-        root.set_reduce_scatter_unused_params(True)
+        root.set_reduce_scatter_unused_params(enable)
 
 
 def reset_iter_state(root: FSDPModule) -> None:

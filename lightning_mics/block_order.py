@@ -39,7 +39,8 @@ class BlockOrder:
         self.pass_skipped = False
         """Whether skipped blocks are passed through; for models whose forward is one pass over the blocks."""
         self._next = 0
-        self._inside = False
+        self.inside = False
+        """Whether the root's forward is running."""
         root.register_forward_pre_hook(self._begin, prepend=True)
         root.register_forward_hook(self._end)
         for index, module in enumerate(self._blocks):
@@ -51,21 +52,21 @@ class BlockOrder:
         if not in_backward():
             self.calls = [0] * len(self._blocks)
             self._next = 0
-            self._inside = True
+            self.inside = True
 
     def _end(self, root: nn.Module, args: Any, output: Any) -> Any:
         if in_backward():
             return output
         if self.pass_skipped:
             output = self._pass_up_to(len(self._blocks), output)
-        self._inside = False
+        self.inside = False
         return output
 
     def _enter(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if in_backward():
                 return None
-            if self.pass_skipped and self._inside and self._next < index:
+            if self.pass_skipped and self.inside and self._next < index:
                 args, kwargs = self._pass_up_to(index, (args, kwargs))
             self._next = max(self._next, index + 1)
             self.calls[index] += 1

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mics._compat import reduce_unused_params, reset_iter_state
+from lightning_mics._compat import in_backward, reduce_unused_params, reset_iter_state
 from lightning_mics.block_order import BlockOrder
 from lightning_mics.blocks import Block, BlockChoice, find_blocks
 from lightning_mics.groups import Groups
@@ -99,6 +99,16 @@ class MiCSModule(nn.Module):
     def one_backward(self, value: bool) -> None:
         self.window.one_backward = value
         self.order.pass_skipped = value and self.groups.topology.partition_size > 1
+        reduce_unused_params(self, value)  # type: ignore[arg-type]
+
+    def as_output(self, loss: Callable[[], Tensor]) -> Tensor:
+        """The loss to call backward on when that happens inside the module's own forward (manual optimization).
+
+        The engine looks for a backward at the outputs of a forward. Passing through here makes the loss one, so that
+        parameters outside the blocks are reduced as well; they are gathered again by the next forward that needs them.
+        The loss comes as a function, because as an argument it would look like an input to that forward, too.
+        """
+        return loss().clone()
 
     def release(self) -> None:
         """Free what a forward without a backward left gathered, so that the next gather sees the optimizer's step."""
@@ -109,6 +119,9 @@ class MiCSModule(nn.Module):
     def abort(self) -> None:
         """After an exception in a forward or a backward: forget the window and whatever was under way."""
         self.window.drop()
+        for param in self.parameters():
+            if not isinstance(param, DTensor):  # still gathered: its backward did not finish
+                param.grad = None
         reset_iter_state(self)  # type: ignore[arg-type]
 
     def synchronize_buffers(self) -> None:
@@ -194,7 +207,8 @@ def shard(
     _equalize_shards(root, groups)
     policy = _policy(precision, [getattr(owner, name) for owner, name in slots[""]])
     fully_shard(root, mesh=groups.partition_mesh, mp_policy=policy)
-    reduce_unused_params(root)  # type: ignore[arg-type]
+    register_fsdp_forward_method(root, "as_output")
+    _gather_again_inside_forward(root, slots[""])
 
     _install_window(root, found, slots)
     return root
@@ -212,6 +226,17 @@ def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precisio
         reshard_after_forward=True,
         ignored_params=ignored or None,
     )
+
+
+def _gather_again_inside_forward(root: MiCSModule, slots: list[_Slot]) -> None:
+    """A backward inside the root's forward leaves it sharded; a module outside the blocks that runs then gathers it."""
+
+    def gather(module: nn.Module, args: Any) -> None:
+        if root.order.inside and not root.one_backward and not in_backward():
+            root.unshard()  # type: ignore[operator]
+
+    for owner in {owner for owner, _ in slots}:
+        owner.register_forward_pre_hook(gather, prepend=True)
 
 
 def _policy(precision: Precision, params: Sequence[Tensor]) -> MixedPrecisionPolicy:
@@ -306,8 +331,7 @@ def _check_sharded_by_user(module: nn.Module, groups: Groups) -> None:
         ):
             raise ValueError(
                 f"{name} is sharded already, over ranks {param.device_mesh.mesh.flatten().tolist()}, not over this "
-                f"rank's partition group {ours.mesh.flatten().tolist()}; leave the sharding to lightning-mics, or shard "
-                "over its groups"
+                f"rank's partition group {ours.mesh.flatten().tolist()}; leave the sharding to lightning-mics"
             )
 
 

@@ -39,7 +39,13 @@ else:
 
 _MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 _SHARDED = "_mics_module"
-_REDUCE_OPS = {"mean": dist.ReduceOp.SUM, "avg": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM}
+_AVERAGES = ("mean", "avg")
+_REDUCE_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+    "product": dist.ReduceOp.PRODUCT,
+}
 
 
 class MiCSStrategyMixin(_Base):
@@ -243,6 +249,9 @@ class MiCSStrategyMixin(_Base):
         module, precision = self.lightning_module, self.precision_plugin
         self.pre_backward(closure_loss)
         closure_loss = precision.pre_backward(closure_loss, module)
+        if not module.automatic_optimization:
+            loss = closure_loss
+            closure_loss = self.mics.as_output(lambda: loss)
         with self.mics.window.backward():
             precision.backward(closure_loss, module, optimizer, *args, **kwargs)
         closure_loss = precision.post_backward(closure_loss, module)
@@ -302,18 +311,19 @@ class MiCSStrategyMixin(_Base):
         Args:
             tensor: of any shape; integers are averaged as floats.
             group: a process group.
-            reduce_op: "mean" (or "avg"), "sum", or a `torch.distributed.ReduceOp`.
+            reduce_op: "mean" (or "avg"), "sum", "min", "max", "product", or a `torch.distributed.ReduceOp`.
         """
         if not isinstance(tensor, Tensor) or not dist.is_initialized():
             return tensor
-        name = reduce_op.lower() if isinstance(reduce_op, str) else None
-        if name is not None and name not in _REDUCE_OPS:
-            raise ValueError(f"reduce_op={reduce_op!r} is not understood; choose one of {', '.join(_REDUCE_OPS)}")
-        averages = name in ("mean", "avg") or reduce_op is None or reduce_op == dist.ReduceOp.AVG
+        op = reduce_op.lower() if isinstance(reduce_op, str) else reduce_op
+        averages = op is None or op in _AVERAGES or op == dist.ReduceOp.AVG
+        if isinstance(op, str) and not averages and op not in _REDUCE_OPS:
+            allowed = ", ".join((*_AVERAGES, *_REDUCE_OPS))
+            raise ValueError(f"reduce_op={reduce_op!r} is not understood; choose one of {allowed}")
         tensor = tensor.to(self.root_device, copy=True).contiguous()
         if averages and not tensor.is_floating_point():
             tensor = tensor.float()
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if averages or name else reduce_op, group=group)
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if averages else _REDUCE_OPS.get(op, op), group=group)
         return tensor / dist.get_world_size(group) if averages else tensor
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
