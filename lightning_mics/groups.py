@@ -52,12 +52,12 @@ class Groups:
         Raises:
             ValueError: on every rank, if the ranks do not agree on the topology or on the world size.
         """
+        _check_agreement(topology, device_type)
         if dist.get_world_size() != topology.world_size:
             raise ValueError(
                 f"world_size={topology.world_size} of the topology is not the {dist.get_world_size()} ranks of the "
                 "default process group; make the topology from torch.distributed.get_world_size()"
             )
-        _check_agreement(topology, device_type)
         n, p = topology.world_size, topology.partition_size
         if p == n:
             return cls(topology, init_device_mesh(device_type, (n,), mesh_dim_names=("shard",)), None)
@@ -67,8 +67,8 @@ class Groups:
 
 def _check_agreement(topology: Topology, device_type: str) -> None:
     """Every rank learns every rank's numbers, so that all of them raise where one differs and none waits for it."""
-    mine = torch.tensor([topology.ranks_per_node, topology.partition_size], device=device_type)
-    everyone = [torch.empty_like(mine) for _ in range(topology.world_size)]
+    mine = torch.tensor([topology.world_size, topology.ranks_per_node, topology.partition_size], device=device_type)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     if dist.get_backend() == "fake":
         return
@@ -76,7 +76,10 @@ def _check_agreement(topology: Topology, device_type: str) -> None:
     for rank, numbers in enumerate(everyone):
         answers.setdefault(tuple(numbers.tolist()), []).append(rank)
     if len(answers) > 1:
-        told = "; ".join(f"ranks_per_node={k}, partition_size={p} on ranks {r}" for (k, p), r in answers.items())
+        told = "; ".join(
+            f"world_size={n}, ranks_per_node={k}, partition_size={p} on ranks {ranks}"
+            for (n, k, p), ranks in answers.items()
+        )
         raise ValueError(
             f"the ranks do not agree on the topology: {told}. Give every rank the same partition_size, and run the "
             "same number of ranks on every node"

@@ -10,11 +10,13 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mics._compat import RESET_METHODS
 
@@ -31,7 +33,7 @@ def materialize(root: nn.Module, modules: Iterable[tuple[str, nn.Module]], devic
 
     Args:
         root: the model they belong to; decides who initialises (Hugging Face's `_init_weights` of the closest model
-            above, otherwise the module's `reset_parameters`).
+            above, otherwise the module's `reset_parameters`), children before parents.
         modules: what to materialise; children are not descended into.
         device: where the values go.
         seed: from `common_seed`, mixed with the names so that no two blocks draw the same numbers.
@@ -40,22 +42,23 @@ def materialize(root: nn.Module, modules: Iterable[tuple[str, nn.Module]], devic
         ValueError: if a tensor on the meta device is left without a value by its initialisation.
     """
     modules = list(modules)
-    on_meta = [(name, module) for name, module in modules if any(t.is_meta for _, t in _own_tensors(module))]
     with torch.no_grad():
-        if on_meta:
-            _initialise(root, on_meta, device, seed)
-        already = {id(t) for _, module in on_meta for _, t in _own_tensors(module)}
-        _take_from_rank_zero(modules, already, device)
+        fresh = _allocate(root, modules, device)
+        if fresh:
+            _initialise(root, modules, fresh, device, seed)
+        _take_from_rank_zero(modules, fresh, device)
 
 
-def _initialise(root: nn.Module, modules: list[tuple[str, nn.Module]], device: torch.device, seed: int) -> None:
-    _allocate(root, modules, device)
+def _initialise(
+    root: nn.Module, modules: list[tuple[str, nn.Module]], fresh: set[int], device: torch.device, seed: int
+) -> None:
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed ^ zlib.crc32(modules[0][0].encode()))
         for name, module in reversed(modules):  # children before parents, as nn.Module.apply
-            _initialiser(root, name, module)(module)
-    unset = [f"{name}.{n}".lstrip(".") for name, module in modules for n, t in _own_tensors(module) if _is_unset(t)]
+            _initialiser(root, name, module, fresh)()
+    own = [(f"{name}.{n}".lstrip("."), t) for name, module in modules for n, t in _own_tensors(module)]
+    unset = [name for name, tensor in own if id(tensor) in fresh and _is_unset(tensor)]
     if unset:
         raise ValueError(
             f"{', '.join(unset[:5])}{' ...' * (len(unset) > 5)}: on the meta device, and left without a value; give "
@@ -63,8 +66,8 @@ def _initialise(root: nn.Module, modules: list[tuple[str, nn.Module]], device: t
         )
 
 
-def _allocate(root: nn.Module, modules: list[tuple[str, nn.Module]], device: torch.device) -> None:
-    """Replace meta tensors by unset ones, everywhere in `root` where they are tied."""
+def _allocate(root: nn.Module, modules: list[tuple[str, nn.Module]], device: torch.device) -> set[int]:
+    """Replace meta tensors by unset ones, everywhere in `root` where they are tied. Returns the ids of the new."""
     replaced: dict[int, Tensor] = {}
     for _, module in modules:
         for _, tensor in _own_tensors(module):
@@ -72,34 +75,46 @@ def _allocate(root: nn.Module, modules: list[tuple[str, nn.Module]], device: tor
                 fresh = _unset_like(tensor, device)
                 is_param = isinstance(tensor, nn.Parameter)
                 replaced[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_param else fresh
-    for module in root.modules():
+    for module in root.modules() if replaced else ():
         for name, tensor in list(_own_tensors(module)):
             if id(tensor) in replaced:
                 setattr(module, name, replaced[id(tensor)])
+    return {id(tensor) for tensor in replaced.values()}
 
 
-def _initialiser(root: nn.Module, name: str, module: nn.Module) -> Callable[[nn.Module], object]:
-    parts = name.split(".")
+def _initialiser(root: nn.Module, name: str, module: nn.Module, fresh: set[int]) -> Callable[[], object]:
+    """What sets the values of `module`.
+
+    A module without new tensors of its own counts too, since it may set its children's (GPT-2 scales its residual
+    projections that way), unless that would overwrite values that exist.
+    """
+    by_model = _hugging_face_initialiser(root, name)
+    if not any(id(tensor) in fresh for _, tensor in _own_tensors(module)):
+        # Such a Hugging Face model reaches into its children outside blocks, not into blocks, which are sharded by now.
+        held = [p for p in module.parameters() if not (by_model and isinstance(p, DTensor))]
+        if not held or any(id(p) not in fresh for p in held):
+            return lambda: None
+    if by_model:
+        return partial(by_model, module)
+    resets = (getattr(module, method, None) for method in RESET_METHODS)
+    return next((r for r in resets if callable(r)), lambda: None)
+
+
+def _hugging_face_initialiser(root: nn.Module, name: str) -> Callable[[nn.Module], object] | None:
+    parts = name.split(".") if name else []
     for depth in range(len(parts), -1, -1):
         above = root.get_submodule(".".join(parts[:depth]))
         initialise = getattr(above, "_init_weights", None)
         if callable(initialise) and hasattr(above, "config"):
             return cast(Callable[[nn.Module], object], initialise)
-    return _reset_by_itself
+    return None
 
 
-def _reset_by_itself(module: nn.Module) -> None:
-    resets = (getattr(module, method, None) for method in RESET_METHODS)
-    reset = next((r for r in resets if callable(r)), None)
-    if reset is not None:
-        reset()
-
-
-def _take_from_rank_zero(modules: list[tuple[str, nn.Module]], already: set[int], device: torch.device) -> None:
+def _take_from_rank_zero(modules: list[tuple[str, nn.Module]], fresh: set[int], device: torch.device) -> None:
     tensors: dict[int, Tensor] = {}
     for _, module in modules:
         for name, tensor in list(_own_tensors(module)):
-            if id(tensor) in already:
+            if id(tensor) in fresh or isinstance(tensor, DTensor):  # a rank's own shard is not rank 0's
                 continue
             if isinstance(tensor, nn.Parameter):
                 tensor.data = tensor.data.to(device)
@@ -144,8 +159,5 @@ def _unset_value(dtype: torch.dtype) -> float | int:
 def _is_unset(tensor: Tensor) -> bool:
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         return bool(tensor.isnan().any())
-    return (
-        tensor.dtype != torch.bool
-        and tensor.dtype != torch.uint8
-        and bool((tensor == _unset_value(tensor.dtype)).any())
-    )
+    # An unsigned dtype has no value to spare.
+    return tensor.dtype.is_signed and bool((tensor == _unset_value(tensor.dtype)).any())
