@@ -66,15 +66,18 @@ class Topology:
             world_size: number of ranks, n.
             ranks_per_node: ranks on each node, k.
         """
+        cls(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=1)  # the other two numbers first
         if partition_size is None:
             size = world_size
         elif partition_size == "node":
             size = ranks_per_node
-        elif isinstance(partition_size, int) and not isinstance(partition_size, bool):
+        elif isinstance(partition_size, int) and not isinstance(partition_size, bool) and partition_size > 0:
             size = partition_size
         else:
+            allowed = _listed(allowed_partition_sizes(world_size, ranks_per_node))
             raise ValueError(
-                f"partition_size={partition_size!r} is not understood; give a number of ranks, "
+                f"partition_size={partition_size!r} is not understood; of world_size={world_size} ranks with "
+                f"ranks_per_node={ranks_per_node}, give one of {allowed}, "
                 '"node" for one replica a node, or None for one replica over all ranks'
             )
         return cls(world_size=world_size, ranks_per_node=ranks_per_node, partition_size=size)
@@ -135,7 +138,7 @@ class Topology:
 
     def __str__(self) -> str:
         return (
-            f"{self.world_size} ranks on {self.nodes} node{'s' * (self.nodes > 1)} of {self.ranks_per_node}: "
+            f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.nodes} node{'s' * (self.nodes > 1)} of {self.ranks_per_node}: "
             f"{self.replicas} partition group{'s' * (self.replicas > 1)} of {self.partition_size}"
         )
 
