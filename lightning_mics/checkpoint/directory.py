@@ -44,12 +44,13 @@ class Checkpoint:
 
     # -- save --------------------------------------------------------------------------------------------------------
 
-    def save(self, checkpoint: dict[str, Any], module: nn.Module) -> None:
+    def save(self, checkpoint: dict[str, Any], module: nn.Module, rng: dict[str, Any] | None = None) -> None:
         """Write `checkpoint`, as Lightning dumps it, atomically. Collective on the default group.
 
         Args:
             checkpoint: "state_dict", "optimizer_states" (by name), and anything else that torch.save takes.
             module: the module of the state dict; tells which names are tied and hence one tensor.
+            rng: this rank's random state; by default that of its generators now.
 
         Raises:
             RuntimeError: on every rank if any rank failed; what stood at `path` before is untouched.
@@ -62,7 +63,7 @@ class Checkpoint:
         def write() -> None:
             if _rank() == 0:
                 torch.save(rest, aside / _REST)
-            torch.save(get_rng_state(), aside / "rng" / f"{_rank():05d}.pt")
+            torch.save(rng or get_rng_state(), aside / "rng" / f"{_rank():05d}.pt")
 
         _together(write, f"cannot write into {aside}")
         _together(lambda: _replace(aside, self.path) if _rank() == 0 else None, f"cannot rename {aside}")

@@ -33,3 +33,36 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+class TrainingRng:
+    """The random numbers of training steps, whatever is drawn between them.
+
+    Validation and loaders draw from the same generators, and a resumed run does not repeat all that they drew. So a
+    step after an interruption goes on from where the last step ended: in the run that was not stopped as in the
+    resumed one.
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None
+        self._interrupted = False
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: where the last training step ended, or the generators now if there was none."""
+        return get_rng_state() if self._state is None else self._state
+
+    def step_ended(self) -> None:
+        """Note where a training step left the generators."""
+        self._state = get_rng_state()
+
+    def interrupt(self, state: dict[str, Any] | None = None) -> None:
+        """The next step does not follow directly. Given a `state` (of a checkpoint), it goes on from there."""
+        self._state = self._state if state is None else state
+        self._interrupted = True
+
+    def step_begins(self) -> None:
+        """After an interruption, put the generators where the last step ended."""
+        if self._interrupted and self._state is not None:
+            set_rng_state(self._state)
+        self._interrupted = False
