@@ -8,7 +8,8 @@ gradient is a reduce-scatter of zeros, and both happen where the other ranks exp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ class BlockOrder:
     model calls out of this order costs an extra gather and reduce-scatter in each forward, so `blocks` should be
     given in the order of execution.
 
+    A block that runs twice on one rank and once on another is beyond this: nobody can tell in time.
+
     Args:
-        root: the sharded root; a forward begins and ends with its own.
         blocks: sharded modules, in order of execution.
     """
 
-    def __init__(self, root: nn.Module, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = [block.module for block in blocks]
         self.calls = [0] * len(blocks)
         """How often each block ran in the current forward, passes included."""
@@ -41,26 +43,27 @@ class BlockOrder:
         self._next = 0
         self.inside = False
         """Whether the root's forward is running."""
-        root.register_forward_pre_hook(self._begin, prepend=True)
-        root.register_forward_hook(self._end)
         for index, module in enumerate(self._blocks):
             module.pass_through = _pass_through  # type: ignore[assignment]
             register_fsdp_forward_method(module, "pass_through")
             module.register_forward_pre_hook(self._enter(index), prepend=True, with_kwargs=True)
 
-    def _begin(self, *_: Any) -> None:
-        if not in_backward():
-            self.calls = [0] * len(self._blocks)
-            self._next = 0
-            self.inside = True
+    @contextmanager
+    def forward(self) -> Iterator[Callable[[Any], Any]]:
+        """Around the root's forward. Yields a function from its output to the output to return.
 
-    def _end(self, root: nn.Module, args: Any, output: Any) -> Any:
-        if in_backward():
-            return output
-        if self.pass_skipped:
-            output = self._pass_up_to(len(self._blocks), output)
-        self.inside = False
-        return output
+        The end belongs inside the root's forward, where the engine still expects blocks.
+        """
+        self.calls = [0] * len(self._blocks)
+        self._next = 0
+        self.inside = True
+        try:
+            yield self._pass_rest
+        finally:
+            self.inside = False
+
+    def _pass_rest(self, output: Any) -> Any:
+        return self._pass_up_to(len(self._blocks), output) if self.pass_skipped else output
 
     def _enter(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -80,14 +83,12 @@ class BlockOrder:
             if self.calls[index]:
                 continue
             leaves, spec = tree_flatten(values)
-            chosen = _carriers(leaves)
-            if not chosen:
-                raise ValueError(
-                    "a block was skipped where no floating-point tensor is at hand to keep this rank in step with the "
-                    "others: return the loss as a tensor, or a dict that holds one"
-                )
-            outputs = self._blocks[index].pass_through(*(leaves[i] for i in chosen))  # type: ignore[operator]
-            for i, tensor in zip(chosen, outputs, strict=True):
+            carriers = _carriers(leaves)
+            if not carriers and torch.is_grad_enabled():
+                break  # a training step without a loss: there will be no backward to keep in step with
+            passed = [leaves[i] for i in carriers] or [torch.zeros(())]
+            outputs = self._blocks[index].pass_through(*passed)  # type: ignore[operator]
+            for i, tensor in zip(carriers, outputs, strict=False):
                 leaves[i] = tensor
             values = tree_unflatten(leaves, spec)
             self.calls[index] += 1

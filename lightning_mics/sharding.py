@@ -88,7 +88,8 @@ class MiCSModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
-        return self.module(*args, **kwargs)
+        with self.order.forward() as finish:
+            return finish(self.module(*args, **kwargs))
 
     @property
     def one_backward(self) -> bool:
@@ -248,7 +249,7 @@ def _policy(precision: Precision, params: Sequence[Tensor]) -> MixedPrecisionPol
 
 def _install_window(root: MiCSModule, found: tuple[Block, ...], slots: dict[str, list[_Slot]]) -> None:
     root.blocks = found
-    root.order = BlockOrder(root, found)
+    root.order = BlockOrder(found)
     gathered_by = {block.module: slots[block.name] for block in found} | {root: slots[""]}
     buckets = [Bucket(_unique(slots[block.name]), index) for index, block in reversed([*enumerate(found)])] + [
         Bucket(_unique(slots[""]), None)
