@@ -21,10 +21,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from lightning_mics.checkpoint.optimizer import empty_like_saved, load_optimizer_state_by_name
+from lightning_mics.checkpoint.optimizer import (
+    StateByName,
+    check_same_parameters,
+    empty_like_saved,
+    load_optimizer_state_by_name,
+)
 from lightning_mics.checkpoint.rng import get_rng_state
 
 _REST = "lightning.pt"
@@ -58,7 +64,7 @@ class Checkpoint:
         tensors, rest = _split(checkpoint, _aliases(module))
         aside = self.path.with_name(f".{self.path.name}.partial")
         _together(lambda: _make_empty(aside) if _rank() == 0 else None, f"cannot create {aside}")
-        dcp.save(tensors, checkpoint_id=aside)
+        _tensors_together(lambda: dcp.save(tensors, checkpoint_id=aside), f"cannot write tensors into {aside}")
 
         def write() -> None:
             if _rank() == 0:
@@ -87,26 +93,20 @@ class Checkpoint:
             weights_only: passed to `torch.load` for Lightning's part; None reads it whole.
 
         Raises:
-            FileNotFoundError, ValueError: on every rank if there is no checkpoint, or it does not fit; names what.
+            FileNotFoundError, ValueError: on every rank if there is no checkpoint, or it does not fit; names what, and
+                leaves everything as it was.
+            RuntimeError: on every rank if any rank could not read its part.
         """
         saved, rest = _together(lambda: self._open(weights_only), f"cannot read {self.path}")
-        targets = _together(lambda: self._model_targets(module, saved, strict), f"cannot load {self.path}")
         states = rest.pop("optimizer_states", None)
-        if optimizers and states is None:
-            raise ValueError(
-                f"{self.path} holds weights only, no optimizer state to resume from; load it by validate/test/predict, "
-                "or save with save_weights_only=False"
-            )
-        params = dict(module.named_parameters())
-        for i, state in enumerate(states if optimizers else ()):
-            prefix = f"optimizer.{i}."
-            for key, meta in saved.items():
-                if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata):
-                    name, field = key.removeprefix(prefix).rsplit(".", 1)
-                    tensor = empty_like_saved(params[name], meta.size, meta.properties.dtype)
-                    targets[key] = state["state"].setdefault(name, {})[field] = tensor
-        dcp.load(targets, checkpoint_id=self.path)
-        for optimizer, state in zip(optimizers, states or (), strict=bool(optimizers)):
+
+        def fit() -> dict[str, Any]:
+            targets = self._model_targets(module, saved, strict)
+            return targets | self._optimizer_targets(module, optimizers, saved, states) if optimizers else targets
+
+        targets = _together(fit, f"cannot load {self.path}")
+        _tensors_together(lambda: dcp.load(targets, checkpoint_id=self.path), f"cannot read tensors of {self.path}")
+        for optimizer, state in zip(optimizers, states or (), strict=False):  # as many, or no optimizer
             load_optimizer_state_by_name(module, optimizer, state)
         return rest
 
@@ -156,6 +156,36 @@ class Checkpoint:
                 )
         return targets
 
+    def _optimizer_targets(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        saved: dict[str, Any],
+        states: list[StateByName] | None,
+    ) -> dict[str, Any]:
+        """Tensors to read optimizer state into, each entered in `states` as well."""
+        if states is None:
+            raise ValueError(
+                f"{self.path} holds weights only, no optimizer state to resume from; load it by validate/test/predict, "
+                "or save with save_weights_only=False"
+            )
+        if len(states) != len(optimizers):
+            raise ValueError(
+                f"{self.path} was saved with {len(states)} optimizers, there are {len(optimizers)} now; return as many "
+                "from configure_optimizers"
+            )
+        targets: dict[str, Any] = {}
+        params = dict(module.named_parameters())
+        for i, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+            check_same_parameters(module, optimizer, state)
+            prefix = f"optimizer.{i}."
+            for key, meta in saved.items():
+                if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata):
+                    name, field = key.removeprefix(prefix).rsplit(".", 1)
+                    tensor = empty_like_saved(params[name], meta.size, meta.properties.dtype)
+                    targets[key] = state["state"].setdefault(name, {})[field] = tensor
+        return targets
+
 
 def _split(checkpoint: dict[str, Any], aliases: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, flat, for the distributed writer; and the rest, without them."""
@@ -196,6 +226,15 @@ def _together(action: Callable[[], _T], failure: str) -> _T:
     if failed:
         raise RuntimeError(f"{failure}: {'; '.join(failed[:3])}")
     return result  # type: ignore[return-value]
+
+
+def _tensors_together(action: Callable[[], object], failure: str) -> None:
+    """Run a collective of the distributed checkpoint library, which raises on all ranks if on any, tell it plainly."""
+    try:
+        action()
+    except CheckpointException as exception:  # not an Exception: it would pass every handler on its way out
+        failed = [f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(exception.failures.items())]
+        raise RuntimeError(f"{failure}: {'; '.join(failed[:3])}") from exception
 
 
 def _make_empty(path: Path) -> None:

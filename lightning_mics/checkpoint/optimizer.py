@@ -7,6 +7,7 @@ distributed checkpoint library for its state would take a step to create what is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ def optimizer_state_by_name(module: nn.Module, optimizer: Optimizer) -> StateByN
     }
 
 
-def load_optimizer_state_by_name(module: nn.Module, optimizer: Optimizer, by_name: Mapping[str, Any]) -> None:
-    """The reverse of `optimizer_state_by_name`.
+def check_same_parameters(module: nn.Module, optimizer: Optimizer, by_name: Mapping[str, Any]) -> None:
+    """Before `by_name` is loaded.
 
     Raises:
         ValueError: if the optimizer's groups do not hold the parameters they held when it was saved.
@@ -46,6 +47,11 @@ def load_optimizer_state_by_name(module: nn.Module, optimizer: Optimizer, by_nam
             f"{sum(map(len, saved))} in {len(saved)}, first different: {_first_difference(names, saved)}; build the "
             "optimizer as it was built when the checkpoint was saved"
         )
+
+
+def load_optimizer_state_by_name(module: nn.Module, optimizer: Optimizer, by_name: Mapping[str, Any]) -> None:
+    """The reverse of `optimizer_state_by_name`, for what `check_same_parameters` lets pass."""
+    names = _names(module, optimizer)
     order = {name: index for index, name in enumerate(name for group in names for name in group)}
     start = 0
     groups = []
@@ -77,5 +83,5 @@ def _names(module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 def _first_difference(ours: list[list[str]], saved: list[list[str]]) -> str:
     flat = [name for group in ours for name in group], [name for group in saved for name in group]
-    pair = next(((a, b) for a, b in zip(*flat, strict=False) if a != b), ("(none)", "(none)"))
+    pair = next(((a, b) for a, b in zip_longest(*flat, fillvalue="nothing") if a != b), ("another grouping", "its own"))
     return f"{pair[0]} here, {pair[1]} there"

@@ -40,7 +40,8 @@ class TrainingRng:
 
     Validation and loaders draw from the same generators, and a resumed run does not repeat all that they drew. So a
     step after an interruption goes on from where the last step ended: in the run that was not stopped as in the
-    resumed one.
+    resumed one. The first step of an epoch takes a new seed from there, so that what was drawn for the epoch (a
+    shuffle, say) is not drawn for the next one again.
     """
 
     def __init__(self) -> None:
@@ -61,8 +62,17 @@ class TrainingRng:
         self._state = self._state if state is None else state
         self._interrupted = True
 
-    def step_begins(self) -> None:
-        """After an interruption, put the generators where the last step ended."""
-        if self._interrupted and self._state is not None:
+    def step_begins(self, *, new_epoch: bool) -> None:
+        """After an interruption, put the generators where the last step ended, or on from there for a new epoch."""
+        if self._state is not None and (self._interrupted or new_epoch):
             set_rng_state(self._state)
+            if new_epoch:
+                _take_new_seed()
         self._interrupted = False
+
+
+def _take_new_seed() -> None:
+    seed = int(torch.randint(2**32, ()))
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
