@@ -119,7 +119,7 @@ def _largest_stacks(root: nn.Module) -> tuple[Block, ...]:
         children = [Block(f"{name}.{n}".lstrip("."), child) for n, child in module.named_children()]
         if (
             isinstance(module, _LISTS)
-            and len({id(child.module) for child in children}) > 1
+            and len(children) > 1
             and len({type(child.module) for child in children}) == 1
             and not isinstance(children[0].module, (*_LISTS[:1], nn.ModuleDict))
             and all(_has_parameters(child.module) for child in children)

@@ -137,10 +137,9 @@ class Topology:
         return rank
 
     def __str__(self) -> str:
-        return (
-            f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.nodes} node{'s' * (self.nodes > 1)} of {self.ranks_per_node}: "
-            f"{self.replicas} partition group{'s' * (self.replicas > 1)} of {self.partition_size}"
-        )
+        groups = f"{self.replicas} partition group{_s(self.replicas)} of {self.partition_size}"
+        nodes = f"{self.nodes} node{_s(self.nodes)} of {self.ranks_per_node}"
+        return f"{self.world_size} rank{_s(self.world_size)} on {nodes}: {groups}"
 
 
 def divisors(number: int) -> tuple[int, ...]:
@@ -212,3 +211,7 @@ def _slurm_counts(text: str) -> list[int]:
 
 def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
+
+
+def _s(count: int) -> str:
+    return "s" * (count > 1)
