@@ -199,12 +199,12 @@ def shard(
     _check_dtypes(slots, found)
 
     seed = common_seed(groups.device)
+    materialize(module, _modules_outside(module, found), groups.device, seed)
     for block in found:
         materialize(module, _modules_within(module, block), groups.device, seed)
         if activation_checkpointing:
             _checkpoint_activations(block.module)
         _shard_block(block.module, slots[block.name], groups, precision)
-    materialize(module, _modules_outside(module, found), groups.device, seed)
     _equalize_shards(root, groups)
     policy = _policy(precision, [getattr(owner, name) for owner, name in slots[""]])
     fully_shard(root, mesh=groups.partition_mesh, mp_policy=policy)

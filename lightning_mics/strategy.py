@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from lightning_mics._compat import script_launcher
 from lightning_mics.blocks import BlockChoice
-from lightning_mics.checkpoint import Checkpoint, optimizer_state_by_name, set_rng_state
+from lightning_mics.checkpoint import Checkpoint, TrainingRng, optimizer_state_by_name
 from lightning_mics.groups import Groups
 from lightning_mics.sharding import MiCSModule, Precision, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
@@ -94,7 +94,7 @@ class MiCSStrategyMixin(_Base):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._groups: Groups | None = None
-        self._resumed_rng: dict[str, Any] | None = None
+        self._rng = TrainingRng()
 
     # -- the cluster -------------------------------------------------------------------------------------------------
 
@@ -221,19 +221,24 @@ class MiCSStrategyMixin(_Base):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self._reset_optimizers_and_schedulers()  # those of an earlier run
+        self._rng = TrainingRng()
         super().setup_optimizers(trainer)
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self._resumed_rng is not None:
-            set_rng_state(self._resumed_rng)
-            self._resumed_rng = None
+        self._rng.step_begins(new_epoch=batch_idx == 0)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         if self.lightning_module.automatic_optimization:
             self.mics.window.begin((trainer.current_epoch, batch_idx // trainer.accumulate_grad_batches))
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().training_step(*args, **kwargs)
+        self._rng.step_ended()
+        return output
 
     @contextmanager
     @override
@@ -278,6 +283,7 @@ class MiCSStrategyMixin(_Base):
 
     @override
     def on_validation_start(self) -> None:
+        self._rng.interrupt()
         self.mics.synchronize_buffers()
 
     @override
@@ -361,7 +367,7 @@ class MiCSStrategyMixin(_Base):
                 "system and takes no storage options; leave it out"
             )
         assert self.lightning_module is not None
-        Checkpoint(self.broadcast(filepath)).save(checkpoint, self.lightning_module)
+        Checkpoint(self.broadcast(filepath)).save(checkpoint, self.lightning_module, self._rng.state)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -374,7 +380,8 @@ class MiCSStrategyMixin(_Base):
             strict=self.lightning_module.strict_loading,
             weights_only=weights_only,
         )
-        self._resumed_rng = checkpoint.rng_state() if self.optimizers else None
+        if self.optimizers:
+            self._rng.interrupt(checkpoint.rng_state())
         return rest
 
     @override
