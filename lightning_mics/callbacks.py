@@ -73,13 +73,11 @@ def _communication(trainer: pl.Trainer) -> list[tuple[str, str]]:
 
 def in_units(number: float) -> str:
     """A number with three digits and a decimal unit: 1234567 is "1.23 M"."""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(number) < 999.5:
-            break
+    units = ["", "k", "M", "G", "T", "P"]
+    while abs(number) >= 999.5 and len(units) > 1:
         number /= 1000
-    else:
-        unit = "P"
-    return f"{number:.3g} {unit}"
+        del units[0]
+    return f"{number:.3g} {units[0]}"
 
 
 class Throughput(pl.Callback):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from torch import Tensor
 from typing_extensions import override
 
 from recipes.data import TextDataModule
@@ -28,7 +31,7 @@ class StepProgress(ProgressBar):
     """Progress in optimizer steps: a bar on a terminal, otherwise a line now and then.
 
     Args:
-        every: optimizer steps between lines where there is no terminal.
+        every: optimizer steps between lines where there is no terminal, and over which the loss shown is a mean.
 
     Raises:
         ValueError: if `every` is below 1.
@@ -42,6 +45,7 @@ class StepProgress(ProgressBar):
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._shown_step = 0
+        self._losses: deque[Tensor] = deque()
         self._enabled = True
 
     @override
@@ -55,10 +59,17 @@ class StepProgress(ProgressBar):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._shown_step = trainer.global_step
-        if not self._enabled or not get_console().is_terminal:
+        self._losses = deque(maxlen=self.every * trainer.accumulate_grad_batches)
+        if not (self._enabled and trainer.is_global_zero and get_console().is_terminal):
             return
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
-        self._bar = Progress(*columns, console=get_console())
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[now]}"),
+            console=get_console(),
+        )
         total = trainer.max_steps if trainer.max_steps > 0 else None
         self._task = self._bar.add_task("", total=total, completed=trainer.global_step, now="")
         self._bar.start()
@@ -68,9 +79,10 @@ class StepProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not self._enabled or step == self._shown_step:
+        self._losses.append(trainer.callback_metrics["train/loss"])
+        if not self._enabled or not trainer.is_global_zero or step == self._shown_step:
             return
-        now = measured(trainer)
+        now = f"loss {torch.stack(list(self._losses)).mean():.3f}  {measured(trainer)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, now=now)
         elif step % self.every == 0 or step == trainer.max_steps:
@@ -92,10 +104,10 @@ class StepProgress(ProgressBar):
 
 
 def measured(trainer: Trainer) -> str:
-    """Loss, tokens per second and seconds per step, as far as they were logged, in a line."""
-    metrics = trainer.progress_bar_metrics
-    formats = {"train/loss": "loss {:.3f}", "tokens/s": "{:,.0f} tokens/s", "seconds/step": "{:.2f} s/step"}
-    return "  ".join(form.format(metrics[name]) for name, form in formats.items() if name in metrics)
+    """Tokens per second and seconds per step, as far as they were logged, in a line."""
+    metrics = trainer.callback_metrics
+    formats = {"tokens/s": "{:,.0f} tokens/s", "seconds/step": "{:.2f} s/step"}
+    return "  ".join(form.format(float(metrics[name])) for name, form in formats.items() if name in metrics)
 
 
 class Learning(Callback):
@@ -165,5 +177,6 @@ def show_samples(samples: Iterable[tuple[str, str]]) -> None:
     for prompt, addition in samples:
         text = Text(prompt, style="bold") + Text("|" + addition.rstrip(), style="cyan")
         for line in text.split("\n"):
-            show(Text("            ") + line)
+            line.rstrip()
+            show(Text("            ") + line if line else line)
         show("")

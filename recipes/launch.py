@@ -21,7 +21,14 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 RUN_ID = "LIGHTNING_MICS_RUN_ID"
-_LIBRARIES = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "transformers")
+_LIBRARIES = (
+    "lightning",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "pytorch_lightning",
+    "lightning_fabric",
+    "transformers",
+)
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # A value that Hydra reads as it is, without quotes.
 _PLAIN = re.compile(r"[\w./:+~@-]+")

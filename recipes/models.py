@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -53,8 +53,11 @@ def build(config: PreTrainedConfig, objective: Objective) -> nn.Module:
 
     It is built on the device that is current, the meta device included.
     """
-    network: nn.Module = _BUILDERS[objective].from_config(config, attn_implementation="sdpa")
-    return network
+    network: Any = _BUILDERS[objective].from_config(config, attn_implementation="sdpa")
+    if objective is Objective.CAUSAL:
+        # transformers looks its loss up by the class's name, does not find GPT-2's, and warns on every rank.
+        network.loss_type = "ForCausalLM"
+    return cast(nn.Module, network)
 
 
 class LanguageModel(LightningModule):
@@ -111,7 +114,7 @@ class LanguageModel(LightningModule):
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self(**batch).loss
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach())
         return loss
 
     @override

@@ -7,7 +7,7 @@ others: all ranks get all prompts, no rank stops early, and one seed makes them 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -86,11 +86,11 @@ def continue_text(
     length = min(int(lengths.max()) + tokens, data.seq_len)
     ids = torch.stack([torch.nn.functional.pad(row, (0, length - len(row))) for row in encoded])
     batch = Prompts(ids, lengths, top_k, temperature, seed)
-    (answer,) = trainer.predict(model, DataLoader(_Once(batch), batch_size=None)) or ()
+    answers: list[Any] = trainer.predict(model, DataLoader(_Once(batch), batch_size=None)) or []
     added = length - int(lengths.max())
     return [
         (prompt, data.decode(row[n : n + added]))
-        for prompt, row, n in zip(prompts, answer, lengths.tolist(), strict=True)
+        for prompt, row, n in zip(prompts, answers[0], lengths.tolist(), strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -57,7 +58,8 @@ def train(cfg: DictConfig) -> Trainer:
     if not any(isinstance(c, Learning) and c.validated_step == trainer.global_step for c in trainer.callbacks):
         trainer.validate(model, data, verbose=False)
     if model.objective is Objective.CAUSAL and cfg.sample.tokens:
-        show_samples(continue_text(trainer, model, data, **OmegaConf.to_object(cfg.sample), seed=cfg.seed))
+        sample: Any = OmegaConf.to_object(cfg.sample)
+        show_samples(continue_text(trainer, model, data, **sample, seed=cfg.seed))
     tell_how_to_go_on(trainer, cfg.ckpt_path)
     return trainer
 
