@@ -20,11 +20,12 @@ _CALLS = {
 
 
 class Call(NamedTuple):
-    """A collective: its kind, the global ranks that take part, and the numel of its first tensor."""
+    """A collective: its kind, the global ranks that take part, and the numel and dtype of its first tensor."""
 
     kind: str
     ranks: tuple[int, ...]
     numel: int
+    dtype: str
 
 
 @contextmanager
@@ -40,7 +41,8 @@ def collectives() -> Iterator[list[Call]]:
                 group = kwargs.get("group") or next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
                 ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
                 tensor = args[0] if args else next(iter(kwargs.values()))
-                calls.append(Call(kind, ranks, tensor.numel() if hasattr(tensor, "numel") else -1))
+                tensor = tensor[0] if isinstance(tensor, list) else tensor
+                calls.append(Call(kind, ranks, tensor.numel(), str(tensor.dtype)))
             depth += 1
             try:
                 return function(*args, **kwargs)
