@@ -52,12 +52,15 @@ def materialize(root: nn.Module, modules: Iterable[tuple[str, nn.Module]], devic
 def _initialise(
     root: nn.Module, modules: list[tuple[str, nn.Module]], fresh: set[int], device: torch.device, seed: int
 ) -> None:
+    own = [(f"{name}.{n}".lstrip("."), tensor) for name, module in modules for n, tensor in _own_tensors(module)]
+    kept = [(t, t.clone()) for _, t in own if id(t) not in fresh and not isinstance(t, DTensor)]
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed ^ zlib.crc32(modules[0][0].encode()))
         for name, module in reversed(modules):  # children before parents, as nn.Module.apply
-            _initialiser(root, name, module, fresh)()
-    own = [(f"{name}.{n}".lstrip("."), t) for name, module in modules for n, t in _own_tensors(module)]
+            _initialiser(root, name, module, fresh, within={id(tensor) for _, tensor in own})()
+    for tensor, value in kept:
+        tensor.copy_(value)
     unset = [name for name, tensor in own if id(tensor) in fresh and _is_unset(tensor)]
     if unset:
         raise ValueError(
@@ -82,17 +85,19 @@ def _allocate(root: nn.Module, modules: list[tuple[str, nn.Module]], device: tor
     return {id(tensor) for tensor in replaced.values()}
 
 
-def _initialiser(root: nn.Module, name: str, module: nn.Module, fresh: set[int]) -> Callable[[], object]:
+def _initialiser(
+    root: nn.Module, name: str, module: nn.Module, fresh: set[int], *, within: set[int]
+) -> Callable[[], object]:
     """What sets the values of `module`.
 
     A module without new tensors of its own counts too, since it may set its children's (GPT-2 scales its residual
-    projections that way), unless that would overwrite values that exist.
+    projections that way), unless it could reach values that are not `within` the tensors at hand.
     """
     by_model = _hugging_face_initialiser(root, name)
     if not any(id(tensor) in fresh for _, tensor in _own_tensors(module)):
         # Such a Hugging Face model reaches into its children outside blocks, not into blocks, which are sharded by now.
-        held = [p for p in module.parameters() if not (by_model and isinstance(p, DTensor))]
-        if not held or any(id(p) not in fresh for p in held):
+        held = {id(p) for p in module.parameters() if not (by_model and isinstance(p, DTensor))}
+        if not held & fresh or held - within:
             return lambda: None
     if by_model:
         return partial(by_model, module)
