@@ -373,14 +373,15 @@ class MiCSStrategyMixin(_Base):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
         checkpoint = Checkpoint(self.broadcast(checkpoint_path))
+        fits = self.lightning_module.trainer.state.fn == "fit"  # the optimizers of a fit outlive it
         self.mics.release()
         rest = checkpoint.load(
             self.lightning_module,
-            self.optimizers,
+            self.optimizers if fits else (),
             strict=self.lightning_module.strict_loading,
             weights_only=weights_only,
         )
-        if self.optimizers:
+        if fits:
             self._rng.interrupt(checkpoint.rng_state())
         return rest
 
