@@ -93,12 +93,11 @@ def _initialiser(
     A module without new tensors of its own counts too, since it may set its children's (GPT-2 scales its residual
     projections that way), unless it could reach values that are not `within` the tensors at hand.
     """
-    by_model = _hugging_face_initialiser(root, name)
     if not any(id(tensor) in fresh for _, tensor in _own_tensors(module)):
-        # Such a Hugging Face model reaches into its children outside blocks, not into blocks, which are sharded by now.
-        held = {id(p) for p in module.parameters() if not (by_model and isinstance(p, DTensor))}
+        held = {id(p) for p in module.parameters() if not p.is_meta}
         if not held & fresh or held - within:
             return lambda: None
+    by_model = _hugging_face_initialiser(root, name)
     if by_model:
         return partial(by_model, module)
     resets = (getattr(module, method, None) for method in RESET_METHODS)

@@ -219,6 +219,42 @@ def test_reset_parameters_sets_what_is_the_modules_own(groups: Groups) -> None:
     assert "passing" not in module.state_dict()
 
 
+class Tower(nn.Module):
+    """A root that sets the values of all that it holds: of its own, of a child outside blocks, of its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(4))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.out = nn.Linear(4, 4)
+
+    def reset_parameters(self) -> None:
+        for param in self.parameters():
+            nn.init.constant_(param, 3.0)
+
+
+def test_a_root_has_the_last_word_on_what_lies_outside_blocks(groups: Groups) -> None:
+    """Its blocks are materialised one by one, and set themselves."""
+    module = on_meta(Tower)
+    shard(module, groups)
+    outside = [module.token, *module.out.parameters()]
+    assert all(torch.equal(p.full_tensor(), torch.full_like(p.full_tensor(), 3.0)) for p in outside)
+    uniform = [p.full_tensor() for p in module.layers.parameters()]
+    assert all(p.abs().max() <= 0.5 for p in uniform)  # 1/sqrt(fan_in)
+    assert not torch.equal(uniform[0], uniform[2])
+
+
+def test_a_parent_with_nothing_of_its_own_reaches_past_its_blocks(groups: Groups) -> None:
+    class Bare(Tower):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.token
+
+    module = on_meta(Bare)
+    shard(module, groups)
+    assert torch.equal(module.out.weight.full_tensor(), torch.full((4, 4), 3.0))
+
+
 class SetsItsChildren(nn.Module):
     def __init__(self) -> None:
         super().__init__()
