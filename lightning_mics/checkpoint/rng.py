@@ -35,6 +35,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+_UNUSED = "no step has drawn yet"  # a run resumed from here begins as that one began, with the generators as they are
+
+
 class TrainingRng:
     """The random numbers of training steps, whatever is drawn between them.
 
@@ -51,7 +54,7 @@ class TrainingRng:
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: where the last training step ended, or the generators now if there was none."""
-        return get_rng_state() if self._state is None else self._state
+        return {**get_rng_state(), _UNUSED: True} if self._state is None else self._state
 
     def step_ended(self) -> None:
         """Note where a training step left the generators."""
@@ -66,7 +69,7 @@ class TrainingRng:
         """After an interruption, put the generators where the last step ended, or on from there for a new epoch."""
         if self._state is not None and (self._interrupted or new_epoch):
             set_rng_state(self._state)
-            if new_epoch:
+            if new_epoch and _UNUSED not in self._state:
                 _take_new_seed()
         self._interrupted = False
 

@@ -61,7 +61,7 @@ class Rivals(Manual):
         self.judge = nn.Sequential(nn.Linear(3, WIDTH), Layer(), nn.Linear(WIDTH, 1))
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        maker, judge = self.optimizers()  # type: ignore[misc,attr-defined]
+        maker, judge = self.optimizers()
         (noise, real), score = batch, nn.functional.softplus
         self.toggle_optimizer(maker)
         loss = self.kept(score(-self.judge(self(noise))).mean())
@@ -89,11 +89,11 @@ class TogglesSync(Manual):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer, boundary = self.optimizers(), batch_idx % 4 == 3
-        with optimizer.toggle_model(sync_grad=boundary):  # type: ignore[union-attr]
+        with optimizer.toggle_model(sync_grad=boundary):
             self.manual_backward(self.kept(self.loss(batch)) / 4)
         if boundary:
-            optimizer.step()  # type: ignore[union-attr]
-            optimizer.zero_grad()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 class Accumulates(Manual):
@@ -103,9 +103,9 @@ class Accumulates(Manual):
         optimizer = self.optimizers()
         self.manual_backward(self.kept(self.loss(batch)) / 2)
         if batch_idx % 2:
-            self.clip_gradients(optimizer, 0.1, "norm")  # type: ignore[arg-type]
-            optimizer.step()  # type: ignore[union-attr]
-            optimizer.zero_grad()  # type: ignore[union-attr]
+            self.clip_gradients(optimizer, 0.1, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 class TwoPasses(Manual):
@@ -113,10 +113,10 @@ class TwoPasses(Manual):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers()
-        optimizer.zero_grad()  # type: ignore[union-attr]
+        optimizer.zero_grad()
         self.manual_backward(self.kept(self.loss(batch)))
         self.manual_backward(self.kept(self.loss((-batch[0], batch[1]))))
-        optimizer.step()  # type: ignore[union-attr]
+        optimizer.step()
 
 
 class Plain(Accumulates):
@@ -129,7 +129,7 @@ class Plain(Accumulates):
 
 def _manual() -> None:
     for module in (TogglesSync, Accumulates):
-        _compare(lambda module=module: seeded(module))  # type: ignore[misc]
+        _compare(lambda module=module: seeded(module))
 
 
 def _plain() -> None:
@@ -199,15 +199,15 @@ def _optimizers() -> None:
     for make, clip in ((_sgd, {"norm": 0.05}), (_adamw, {"value": 0.01}), (_fused, {"norm": 0.1})):
         ((algorithm, value),) = clip.items()
         ours, theirs = _compare(
-            lambda make=make: seeded(Optimized, make=make),  # type: ignore[misc]
+            lambda make=make: seeded(Optimized, make=make),
             f"{make.__name__} clipped by {algorithm}",
             accumulate_grad_batches=2,
             gradient_clip_val=value,
             gradient_clip_algorithm=algorithm,
         )
-        assert_same_losses(ours.norms, theirs.norms, f"{make.__name__}, norms", rtol=2e-6)  # type: ignore[attr-defined]
-        assert_same_losses(ours.rates, theirs.rates, f"{make.__name__}, learning rates")  # type: ignore[attr-defined]
-        if min(ours.norms) < value:  # type: ignore[attr-defined]
+        assert_same_losses(ours.norms, theirs.norms, f"{make.__name__}, norms", rtol=2e-6)
+        assert_same_losses(ours.rates, theirs.rates, f"{make.__name__}, learning rates")
+        if min(ours.norms) < value:
             raise AssertionError(f"{make.__name__}: nothing was clipped")
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 from unittest.mock import patch
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, timer
@@ -22,12 +21,10 @@ from tests.distributed.toys import (
     Batch,
     Batches,
     Toy,
-    assert_close,
     assert_same_training,
     batch_of,
     ddp,
     mics,
-    parameters,
     seeded,
     trainer,
 )
@@ -80,14 +77,15 @@ def by_hand(module: Toy, micro_steps: int, skipped: Collection[int] = (), unstep
 
 
 def _short_windows() -> None:
-    schedule = {0: 1, 1: 4, 2: 2}
-    _compare("short window at the epoch's end", lambda: seeded(Toy), lambda s, m: _fit(s(), m, Batches(10), max_epochs=3))
-    _compare(
-        "GradientAccumulationScheduler",
-        lambda: seeded(Toy),
-        lambda s, m: trainer(s(), max_epochs=3, callbacks=[GradientAccumulationScheduler(schedule)]).fit(m, Batches(10)),
-    )
-    _compare("the epoch given up in mid-window", lambda: seeded(GivesUp), lambda s, m: _fit(s(), m, Batches(10), max_epochs=3))
+    def ten(strategy: Any, module: Toy, **options: Any) -> None:
+        _fit(strategy(), module, Batches(10), max_epochs=3, **options)
+
+    def scheduled(strategy: Any, module: Toy) -> None:
+        ten(strategy, module, accumulate_grad_batches=1, callbacks=[GradientAccumulationScheduler({0: 1, 1: 4, 2: 2})])
+
+    _compare("short window at the epoch's end", lambda: seeded(Toy), ten)
+    _compare("GradientAccumulationScheduler", lambda: seeded(Toy), scheduled)
+    _compare("the epoch given up in mid-window", lambda: seeded(GivesUp), ten)
     _compare("gradients zeroed, not dropped", lambda: seeded(KeepsZeros), lambda s, m: _fit(s(), m, Batches(12)))
 
 
@@ -168,7 +166,7 @@ class SkipsStep(Toy):
 
 def _guards() -> None:
     for guard in (DropsGradients, SkipsStep):
-        _compare(guard.__name__, lambda guard=guard: seeded(guard), lambda s, m: _fit(s(), m, Batches(20)))  # type: ignore[misc]
+        _compare(guard.__name__, lambda guard=guard: seeded(guard), lambda s, m: _fit(s(), m, Batches(20)))
 
 
 def test_guards_that_drop_gradients_or_steps() -> None:
@@ -183,7 +181,7 @@ def _validation_between() -> None:
         _compare(
             f"validation every {every}",
             lambda: seeded(Toy),
-            lambda s, m, every=every: _fit(s(), m, Batches(12), _validation(), val_check_interval=every),  # type: ignore[misc]
+            lambda s, m, every=every: _fit(s(), m, Batches(12), _validation(), val_check_interval=every),
         )
 
 
@@ -269,7 +267,7 @@ def _exceptions_then_again() -> None:
 
 
 class ReturnsNone(Toy):
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         loss = super().training_step(batch, batch_idx)
         return None if len(self.losses) == 7 else loss
 
