@@ -96,6 +96,18 @@ class TogglesSync(Manual):
             optimizer.zero_grad()
 
 
+class NeverSyncs(Manual):
+    """Forgets to ask for synchronisation before it steps, where DDP would step on each rank's own sums."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        with optimizer.toggle_model(sync_grad=False):
+            self.manual_backward(self.kept(self.loss(batch)) / 4)
+        if batch_idx % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 class Accumulates(Manual):
     """Every backward synchronises; every other batch steps."""
 
@@ -130,6 +142,10 @@ class Plain(Accumulates):
 def _manual() -> None:
     for module in (TogglesSync, Accumulates):
         _compare(lambda module=module: seeded(module))
+    ours, theirs = seeded(NeverSyncs), seeded(TogglesSync)
+    trainer(mics()).fit(ours, Batches(20))
+    trainer(ddp()).fit(theirs, Batches(20))
+    assert_same_training(ours, theirs, "synchronised by the step")
 
 
 def _plain() -> None:
