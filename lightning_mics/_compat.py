@@ -12,6 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_flatten, tree_unflatten  # nested inputs and outputs; torch has no public pytree
+
+__all__ = [
+    "HAS_RESET_ITER_STATE",
+    "HAS_UNUSED_PARAMS",
+    "RESET_METHODS",
+    "allow_wide_gradients",
+    "in_backward",
+    "reduce_unused_params",
+    "reset_iter_state",
+    "script_launcher",
+    "tree_flatten",
+    "tree_unflatten",
+]
 
 # Older spellings keep torch 2.11 working; 2.13 is the floor that is tested.
 HAS_UNUSED_PARAMS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")

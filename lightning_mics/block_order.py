@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_mics._compat import in_backward
+from lightning_mics._compat import in_backward, tree_flatten, tree_unflatten
 from lightning_mics.blocks import Block
 
 

@@ -85,9 +85,21 @@ class MiCSModule(nn.Module):
         self.blocks: tuple[Block, ...] = ()
         self.window: Window
         self.order: BlockOrder
+        self._has_run = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward; under inference mode without gradients instead.
+
+        What is gathered in inference mode could not be trained on afterwards, and the engine keeps what it gathers into.
+        """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
+        self._has_run = True
         with self.order.forward() as finish:
             return finish(self.module(*args, **kwargs))
 
@@ -123,7 +135,8 @@ class MiCSModule(nn.Module):
         for param in self.parameters():
             if not isinstance(param, DTensor):  # still gathered: its backward did not finish
                 param.grad = None
-        reset_iter_state(self)  # type: ignore[arg-type]
+        if self._has_run:
+            reset_iter_state(self)  # type: ignore[arg-type]
 
     def synchronize_buffers(self) -> None:
         """Give every rank rank 0's persistent buffers, as DDP does. Collective on the default group."""

@@ -402,6 +402,8 @@ class MiCSStrategyMixin(_Base):
     def teardown(self) -> None:
         """Shards stay on their device: the module may be run again, and is whole nowhere."""
         assert self.cluster_environment is not None and self.accelerator is not None
+        if isinstance(self.model, MiCSModule):
+            self.model.release()
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

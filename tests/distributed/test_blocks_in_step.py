@@ -165,6 +165,21 @@ def test_ranks_stay_in_step_in_evaluation() -> None:
         assert sharded == pytest.approx(plain, rel=1e-6)
 
 
+def evaluate_then_train(mode: type[torch.no_grad] | type[torch.inference_mode]) -> list[float]:
+    n = dist.get_world_size()
+    root = shard(Skipping(), Groups.create(Topology(n, n, 2), "cpu"))
+    root.one_backward = True
+    with mode():
+        root(data(0, 0), range(BLOCKS))
+    run_window(root, PLANS["all"], 2, key=0)
+    return [p.grad.full_tensor().norm().item() for p in root.module.parameters() if p.grad is not None]  # type: ignore[attr-defined]
+
+
+def test_training_goes_on_after_inference_mode() -> None:
+    """Lightning evaluates in inference mode wherever the backend is not gloo."""
+    assert run_ranks(4, evaluate_then_train, torch.inference_mode) == run_ranks(4, evaluate_then_train, torch.no_grad)
+
+
 def overlap() -> list[str]:
     """The kinds of collectives of a boundary's backward, and where backward ended."""
     n = dist.get_world_size()
