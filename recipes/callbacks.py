@@ -178,5 +178,5 @@ def show_samples(samples: Iterable[tuple[str, str]]) -> None:
         text = Text(prompt, style="bold") + Text("|" + addition.rstrip(), style="cyan")
         for line in text.split("\n"):
             line.rstrip()
-            show(Text("            ") + line if line else line)
+            show(Text(" " * 12) + line if line else line)
         show("")

@@ -136,7 +136,9 @@ def resume_command(
     """
     replaced = ("ckpt_path=", "trainer.max_steps=")
     kept = [override for override in overrides if not override.lstrip("+").startswith(replaced)]
-    path = str(checkpoint) if _PLAIN.fullmatch(str(checkpoint)) else f"'{checkpoint}'"
+    path = str(checkpoint)
+    if not _PLAIN.fullmatch(path):
+        path = "'" + path.replace("'", r"\'") + "'"
     arguments = [sys.argv[0], *kept, f"trainer.max_steps={max_steps}", f"ckpt_path={path}"]
     return f"{_launcher(environment)} {shlex.join(arguments)}"
 
