@@ -247,6 +247,7 @@ def _make_empty(path: Path) -> None:
 def _replace(aside: Path, path: Path) -> None:
     """Put `aside` where `path` is, which stays whole until then."""
     old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
