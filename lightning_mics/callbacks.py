@@ -64,20 +64,20 @@ def _communication(trainer: pl.Trainer) -> list[tuple[str, str]]:
         ("window", micro_steps),
         (
             "wire",
-            f"each rank sends per step: gathers {in_units(wire.gather)}B and hop 1 {in_units(wire.hop_1)}B in its "
-            f"partition group, hop 2 {in_units(wire.hop_2)}B between replicas",
+            f"each rank sends per step: gathers {in_units(wire.gather, 'B')} and hop 1 {in_units(wire.hop_1, 'B')} in its "
+            f"partition group, hop 2 {in_units(wire.hop_2, 'B')} between replicas",
         ),
         *[("blocks" if i == 0 else "", line) for i, line in enumerate(strategy.mics.describe().splitlines())],
     ]
 
 
-def in_units(number: float) -> str:
-    """A number with three digits and a decimal unit: 1234567 is "1.23 M"."""
-    units = ["", "k", "M", "G", "T", "P"]
-    while abs(number) >= 999.5 and len(units) > 1:
+def in_units(number: float, unit: str = "") -> str:
+    """A number with three digits and a decimal prefix to its unit: 1234567 bytes are "1.23 MB"."""
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while abs(number) >= 999.5 and len(prefixes) > 1:
         number /= 1000
-        del units[0]
-    return f"{number:.3g} {units[0]}"
+        del prefixes[0]
+    return f"{number:.3g} {prefixes[0]}{unit}".strip()
 
 
 class Throughput(pl.Callback):

@@ -116,6 +116,8 @@ def log_to_files(folder: Path, rank: int) -> Path:
     logging.captureWarnings(True)
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category)
+    # A resumed run has a folder of its own.
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
     for name in _LIBRARIES:
         library = logging.getLogger(name)
         library.handlers.clear()
