@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 BlockClass = type[nn.Module] | str
@@ -108,9 +109,11 @@ def _declared_layers(root: nn.Module) -> tuple[Block, ...]:
         names = getattr(module, "_no_split_modules", None)
         if isinstance(names, list | tuple | set | frozenset):
             declared.update(names)
-    found = [Block(name, m) for name, m in root.named_modules() if type(m).__name__ in declared and _has_parameters(m)]
-    count = Counter(type(block.module) for block in found)
-    return _outermost(block for block in found if count[type(block.module)] > 1)
+    found = [
+        Block(name, m) for name, m in root.named_modules() if _class_of(m).__name__ in declared and _has_parameters(m)
+    ]
+    count = Counter(_class_of(block.module) for block in found)
+    return _outermost(block for block in found if count[_class_of(block.module)] > 1)
 
 
 def _largest_stacks(root: nn.Module) -> tuple[Block, ...]:
@@ -120,7 +123,7 @@ def _largest_stacks(root: nn.Module) -> tuple[Block, ...]:
         if (
             isinstance(module, _LISTS)
             and len(children) > 1
-            and len({type(child.module) for child in children}) == 1
+            and len({_class_of(child.module) for child in children}) == 1
             and not isinstance(children[0].module, (*_LISTS[:1], nn.ModuleDict))
             and all(_has_parameters(child.module) for child in children)
         ):
@@ -137,6 +140,11 @@ def _outermost(blocks: Iterator[Block] | list[Block]) -> tuple[Block, ...]:
             kept.append(block)
     seen: set[int] = set()
     return tuple(b for b in kept if not (id(b.module) in seen or seen.add(id(b.module))))  # type: ignore[func-returns-value]
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """The class as its author wrote it; `fully_shard` puts another in front."""
+    return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
 
 
 def _has_parameters(module: nn.Module) -> bool:
