@@ -58,8 +58,17 @@ def _run(module: Toy, data: Any, strategy: Any = None, ckpt_path: Any = None, va
     return run
 
 
+class Scheduled(Toy):
+    """Its learning rate falls with every step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def _dropping(seed: int = 7) -> Toy:
-    return seeded(Toy, seed, dropout=0.3)
+    return seeded(Scheduled, seed, dropout=0.3)
 
 
 def _differs_by_rank() -> None:
@@ -101,7 +110,7 @@ def _epoch_end(path: Path) -> None:
         whole = _dropping()
         _differs_by_rank()
         saves = ModelCheckpoint(path / when, "{epoch}", save_top_k=-1, save_on_train_epoch_end=when == "train")
-        val = DataLoader(TensorDataset(*batch_of(50, 0)))
+        val = DataLoader(TensorDataset(*batch_of(50, 0))) if when == "validation" else None
         _run(whole, _shuffled(), val=val, callbacks=[saves], enable_checkpointing=True)
         for epoch in (0, 1):
             at = path / when / f"epoch={epoch}.ckpt"

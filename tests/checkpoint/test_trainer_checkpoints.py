@@ -1,0 +1,219 @@
+"""What Lightning does with checkpoints: ModelCheckpoint in all forms, "last", every entry point that takes a path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.toys import (
+    Batches,
+    Toy,
+    assert_close,
+    assert_same_losses,
+    mics,
+    parameters,
+    seeded,
+    trainer,
+)
+
+
+class Monitored(Toy):
+    """Logs a `score` that is best after the second validation."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("score", abs(self.current_epoch - 1.0), sync_dist=True)
+
+
+def _run(module: Toy, callbacks: Any, ckpt_path: Any = None, epochs: int = 1, **options: Any) -> Any:
+    run = trainer(mics(), callbacks=callbacks, enable_checkpointing=True, max_epochs=epochs, **options)
+    run.fit(module, Batches(6), Batches(1, first=900), ckpt_path=ckpt_path)
+    return run
+
+
+def _names(path: Path) -> list[str]:
+    dist.barrier()
+    names = sorted(os.listdir(path))
+    dist.barrier()
+    return names
+
+
+def _is(found: object, expected: object, what: str) -> None:
+    if found != expected:
+        raise AssertionError(f"{what}: {found!r}, expected {expected!r}")
+
+
+# -- ModelCheckpoint ---------------------------------------------------------------------------------------------------
+
+
+def _top_k(path: Path) -> None:
+    saves = ModelCheckpoint(path, "{epoch}", monitor="score", save_top_k=2)
+    _run(seeded(Monitored), [saves], epochs=4)
+    _is(_names(path), ["epoch=0.ckpt", "epoch=1.ckpt"], "the two best of four")
+    _is(Path(saves.best_model_path).name, "epoch=1.ckpt", "the best")
+
+
+def _last(path: Path) -> None:
+    for kind, directory in ((True, path / "copy"), ("link", path / "link")):
+        module = seeded(Monitored)
+        _run(module, [ModelCheckpoint(directory, "{epoch}", save_last=kind)], epochs=3)
+        _is(_names(directory), ["epoch=2.ckpt", "last.ckpt"], f"save_last={kind}")
+        _is((directory / "last.ckpt").is_symlink(), kind == "link", f"save_last={kind}, a link")
+
+        resumed = seeded(Monitored, 5)
+        saves = ModelCheckpoint(directory, "{epoch}", save_last=kind)
+        _run(resumed, [saves], "last", epochs=5)
+        whole = seeded(Monitored)
+        _run(whole, [], epochs=5)
+        assert_same_losses(resumed.losses, whole.losses[-len(resumed.losses) :], f"resumed from a {kind} last")
+        _is(len(resumed.losses), 12, "losses of two epochs")
+        _is(_names(directory), ["epoch=4.ckpt", "last.ckpt"], f"save_last={kind}, after the resume")
+
+
+def _every_n(path: Path) -> None:
+    saves = ModelCheckpoint(path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    _run(seeded(Toy), [saves])
+    _is(_names(path), ["step=2.ckpt", "step=4.ckpt", "step=6.ckpt"], "every two steps")
+
+
+def _weights_only(path: Path) -> None:
+    module = seeded(Toy)
+    run = _run(module, [ModelCheckpoint(path, "weights", save_weights_only=True)])
+    other = seeded(Toy, 5)
+    try:
+        _run(other, [], path / "weights.ckpt", epochs=2)
+    except ValueError as refusal:
+        if "weights only, no optimizer state" not in str(refusal):
+            raise
+    else:
+        raise AssertionError("a fit resumed from weights")
+    trainer(mics()).validate(other, Batches(1), ckpt_path=path / "weights.ckpt", verbose=False)
+    assert_close(parameters(other), parameters(module), "weights")
+    another = seeded(Toy, 6)
+    run.validate(another, Batches(1), ckpt_path="best", verbose=False)
+    assert_close(parameters(another), parameters(module), "weights, in a Trainer that has fitted")
+
+
+def _leftovers(path: Path) -> None:
+    """A run killed while it saved leaves a directory aside; it is neither "last" nor in the way."""
+    if dist.get_rank() == 0:
+        (path / ".last.ckpt.partial").mkdir(parents=True)
+    dist.barrier()
+    _run(seeded(Toy), [ModelCheckpoint(path, "{epoch}", save_last=True)], "last")
+    _is(_names(path), ["epoch=0.ckpt", "last.ckpt"], "after a save over leftovers")
+
+
+def test_top_k_keeps_the_best_and_removes_the_rest(tmp_path: Path) -> None:
+    run_ranks(2, _top_k, tmp_path)
+
+
+def test_last_as_copy_and_as_link_and_resume_from_it(tmp_path: Path) -> None:
+    run_ranks(2, _last, tmp_path)
+
+
+def test_every_n_train_steps(tmp_path: Path) -> None:
+    run_ranks(2, _every_n, tmp_path)
+
+
+def test_weights_only_serves_evaluation_and_is_refused_in_fit(tmp_path: Path) -> None:
+    run_ranks(2, _weights_only, tmp_path)
+
+
+def test_leftovers_of_a_killed_save(tmp_path: Path) -> None:
+    run_ranks(2, _leftovers, tmp_path)
+
+
+# -- entry points ------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(path: Path) -> None:
+    module = seeded(Toy)
+    _run(module, []).save_checkpoint(path / "full.ckpt")
+    module.validated.clear()
+    data = Batches(2, first=300)
+    trainer(mics()).validate(module, data, verbose=False)
+    expected = [*module.validated]
+    with torch.no_grad():
+        predicted = torch.cat(trainer(mics()).predict(module, data))
+
+    for name in ("validate", "test"):
+        other = seeded(Toy, 5)
+        getattr(trainer(mics(4)), name)(other, data, ckpt_path=path / "full.ckpt", verbose=False)
+        assert_same_losses(other.validated, expected, name, rtol=1e-6)
+        assert_close(parameters(other), parameters(module), name)
+    others = torch.cat(trainer(mics(1)).predict(seeded(Toy, 5), data, ckpt_path=path / "full.ckpt"))
+    torch.testing.assert_close(others, predicted, rtol=1e-6, atol=1e-6)
+
+
+def _fit_after(path: Path) -> None:
+    """Evaluation from a checkpoint between two fits of one Trainer leaves the optimizer of the second alone."""
+    module = seeded(Toy)
+    run = _run(module, [])
+    run.save_checkpoint(path / "a.ckpt")
+    run.test(module, Batches(1), ckpt_path=path / "a.ckpt", verbose=False)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, Batches(6), Batches(1, first=900), ckpt_path=path / "a.ckpt")
+    whole = seeded(Toy)
+    _run(whole, [], epochs=2)
+    assert_same_losses(module.losses, whole.losses, "fit, test, fit")
+
+
+class Foreign(Toy):
+    """Keeps something of its own in checkpoints, and lets a frozen layer out of them."""
+
+    strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = {"epoch": self.current_epoch, "tensor": torch.arange(3)}
+        for name in [n for n in checkpoint["state_dict"] if n.startswith("layers.0")]:
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.mine = checkpoint["mine"]
+
+
+def _hooks(path: Path) -> None:
+    module = seeded(Foreign)
+    _run(module, []).save_checkpoint(path / "hooks.ckpt")
+    other = seeded(Foreign, 5)
+    fresh = {name: p.detach().clone() for name, p in other.named_parameters()}
+    trainer(mics()).test(other, Batches(1), ckpt_path=path / "hooks.ckpt", verbose=False)
+    _is(other.mine["tensor"].tolist(), [0, 1, 2], "what the module keeps itself")
+    kept, trained = parameters(other), parameters(module)
+    expected = {n: fresh[n] if n.startswith("layers.0") else trained[n] for n in kept}
+    assert_close(kept, expected, "what was left out stays as it was")
+
+
+def _refusals(path: Path) -> None:
+    module = seeded(Toy)
+    run = _run(module, [])
+    with pytest.raises(TypeError, match="takes no storage options"):
+        run.save_checkpoint(path / "x.ckpt", storage_options={"a": 1})
+    with pytest.raises(FileNotFoundError, match=r"is not a checkpoint: it has no \.metadata"):
+        _run(module, [], path / "nowhere.ckpt")
+    if dist.get_rank() == 0:
+        torch.save({"state_dict": {}}, path / "single.ckpt")
+    with pytest.raises(ValueError, match="is a single file, not a checkpoint directory"):
+        _run(module, [], path / "single.ckpt")
+
+
+def test_validate_test_and_predict_from_a_checkpoint_at_other_partition_sizes(tmp_path: Path) -> None:
+    run_ranks(4, _evaluate, tmp_path)
+
+
+def test_fit_evaluate_and_fit_again_with_one_trainer(tmp_path: Path) -> None:
+    run_ranks(2, _fit_after, tmp_path)
+
+
+def test_hooks_of_the_module_change_what_is_saved(tmp_path: Path) -> None:
+    run_ranks(2, _hooks, tmp_path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    run_ranks(2, _refusals, tmp_path)
