@@ -8,10 +8,11 @@ of its own, and is absent where there is one replica.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_mics.topology import Topology
 
@@ -42,12 +43,13 @@ class Groups:
         return self.partition_mesh.get_group()
 
     @classmethod
-    def create(cls, topology: Topology, device_type: str) -> Groups:
+    def create(cls, topology: Topology, device_type: str, timeout: timedelta | None = None) -> Groups:
         """Make the groups. Collective: every rank of the default process group calls it with the same topology.
 
         Args:
             topology: checked against all ranks first.
             device_type: "cpu", "cuda", ...; of the tensors that will travel.
+            timeout: of each group's collectives; by default torch's.
 
         Raises:
             ValueError: on every rank, if the ranks do not agree on the topology or on the world size.
@@ -58,11 +60,21 @@ class Groups:
                 f"world_size={topology.world_size} of the topology is not the {dist.get_world_size()} ranks of the "
                 "default process group; make the topology from torch.distributed.get_world_size()"
             )
-        n, p = topology.world_size, topology.partition_size
-        if p == n:
-            return cls(topology, init_device_mesh(device_type, (n,), mesh_dim_names=("shard",)), None)
-        mesh = init_device_mesh(device_type, (topology.replicas, p), mesh_dim_names=("replicate", "shard"))
-        return cls(topology, mesh["shard"], mesh.get_group("replicate"))
+        rank = dist.get_rank()
+        replica, shard = topology.replica_of(rank), topology.shard_of(rank)
+        partition = _group_of(topology.partition_groups[replica], timeout)
+        mesh = DeviceMesh.from_group(partition, device_type, mesh_dim_names=("shard",))
+        if topology.replicas == 1:
+            return cls(topology, mesh, None)
+        return cls(topology, mesh, _group_of(topology.replication_groups[shard], timeout))
+
+
+def _group_of(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+    """The process group of `ranks`, which only they make, so that it takes no longer on a larger cluster."""
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD  # type: ignore[return-value]
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    return group
 
 
 def _check_agreement(topology: Topology, device_type: str) -> None:

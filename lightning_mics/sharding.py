@@ -90,7 +90,7 @@ class MiCSModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward; under inference mode without gradients instead.
 
-        What is gathered in inference mode could not be trained on afterwards, and the engine keeps what it gathers into.
+        What is gathered in inference mode could not be trained on afterwards, and the engine keeps the memory for it.
         """
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(mode=False), torch.no_grad():

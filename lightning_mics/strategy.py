@@ -151,7 +151,7 @@ class MiCSStrategyMixin(_Base):
         super().setup_environment()
         self._set_world_ranks()
         self._init_process_group()
-        self._groups = Groups.create(self.topology, self.root_device.type)
+        self._groups = Groups.create(self.topology, self.root_device.type, self._timeout)
 
     def _set_world_ranks(self) -> None:
         assert self.cluster_environment is not None
