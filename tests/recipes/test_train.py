@@ -1,0 +1,122 @@
+"""The main job from the command line, on real processes: what it writes, what it shows, and that it goes on."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.composing import ROOT
+
+pytestmark = pytest.mark.slow
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# A model, a vocabulary and a corpus that start in seconds.
+SMALL = ["experiment=smoke", "data.vocab_size=300", "data.val_fraction=0.3", "sample.tokens=4", "trainer.max_steps=3"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(24):
+        lines = (f"def number_{n}(x):\n    return x + {n * i}\n" for n in range(60))
+        (folder / f"{i}.py").write_text("\n".join(lines))
+    return folder
+
+
+def run(command: list[str], cwd: Path) -> str:
+    env = {**os.environ, "LIGHTNING_MICS_CACHE": str(cwd / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=220)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def train(
+    tmp_path: Path, corpus: Path, *overrides: str, launcher: Sequence[str] = (sys.executable,), flags: Sequence[str] = ()
+) -> str:
+    script = str(ROOT / "recipes" / "train.py")
+    return run([*launcher, script, *flags, *SMALL, f"data.path={corpus}", *overrides], tmp_path)
+
+
+def logged(folder: Path, column: str) -> dict[int, float]:
+    """What the CSV logger wrote, by step."""
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
+
+
+def only_run(tmp_path: Path) -> Path:
+    (folder,) = (tmp_path / "outputs").iterdir()
+    return folder
+
+
+def assert_whole(folder: Path, shown: str, ranks: int) -> None:
+    assert sorted(path.name for path in folder.glob("rank_*.log")) == [f"rank_{rank}.log" for rank in range(ranks)]
+    assert (folder / ".hydra" / "config.yaml").exists()
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert (folder / "checkpoints" / "step-3.ckpt").exists()
+    (loss,) = logged(folder, "val/loss").values()
+    assert f"validation  step 3: loss {loss:.3f} nats" in shown
+    # Rank 0 alone speaks.
+    assert shown.count("lightning-mics ") == shown.count("step 3/3") == shown.count("go on with") == 1
+    assert re.search(r"unigram entropy \d\.\d\d nats, ln V 5\.70", shown)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [(["strategy=ddp", "trainer.devices=2"], 2), ([], 4), (["strategy=zero3", "trainer.devices=2"], 2)],
+    ids=["ddp", "mics", "zero3"],
+)
+def test_lightnings_launcher(tmp_path: Path, corpus: Path, overrides: list[str], ranks: int) -> None:
+    shown = train(tmp_path, corpus, *overrides)
+    assert_whole(only_run(tmp_path), shown, ranks)
+    samples = shown.split("samples     ")[1].split("checkpoint  ")[0]
+    assert all(f"{prompt}|" in samples for prompt in ("import ", "def __init__(self", "    for ", "class "))
+
+
+def test_torchrun(tmp_path: Path, corpus: Path) -> None:
+    shown = train(tmp_path, corpus, launcher=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"])
+    assert_whole(only_run(tmp_path), shown, 2)
+    assert "go on with  torchrun --standalone --nproc-per-node 2 " in shown
+
+
+def test_sweep_under_torchrun_trains_each_configuration_in_its_folder(tmp_path: Path, corpus: Path) -> None:
+    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
+    train(tmp_path, corpus, "seed=1,2", "trainer.max_steps=1", launcher=launcher, flags=["--multirun"])
+    folder = only_run(tmp_path)
+    for job in ("0", "1"):
+        assert (folder / job / "checkpoints" / "step-1.ckpt").exists()
+        assert (folder / job / "rank_1.log").exists()
+
+
+def test_masked_language_modelling(tmp_path: Path, corpus: Path) -> None:
+    shown = train(tmp_path, corpus, "model=bert_tiny", "trainer.devices=2")
+    assert "BertLayer" in shown
+    assert "samples" not in shown
+
+
+def test_the_command_that_is_shown_goes_on(tmp_path: Path, corpus: Path) -> None:
+    shown = train(tmp_path, corpus, "trainer.devices=2", "trainer.log_every_n_steps=1", "+tag='a b'")
+    first = only_run(tmp_path)
+    (command,) = re.findall(r"^go on with  (.*)$", shown, re.MULTILINE)
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    shown = run([sys.executable, *arguments], tmp_path)
+    (second,) = (folder for folder in (tmp_path / "outputs").iterdir() if folder != first)
+    assert set(logged(first, "train/loss")) == {0, 1, 2}
+    assert set(logged(second, "train/loss")) == {3, 4, 5}
+    assert (second / "checkpoints" / "step-6.ckpt").exists()
+    assert f"ckpt_path={second}/checkpoints/step-6.ckpt" in shown
+
+
+def test_failure_is_in_the_ranks_log(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(AssertionError, match="is longer than the"):
+        train(tmp_path, corpus, "trainer.devices=1", "cluster.partition_size=1", "data.seq_len=1000000")
+    assert "is longer than the" in (only_run(tmp_path) / "rank_0.log").read_text()
