@@ -113,8 +113,6 @@ def private_touches(source: str) -> list[str]:
         else:
             continue
         is_import = isinstance(node, ast.Import | ast.ImportFrom)
-        # torch documents its pytree by this name alone.
-        names = [name for name in names if not name.startswith("torch.utils._pytree.")]
         touched += [
             name
             for name in names
