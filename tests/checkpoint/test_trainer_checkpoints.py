@@ -25,10 +25,10 @@ from tests.distributed.toys import (
 
 
 class Monitored(Toy):
-    """Logs a `score` that is best after the second validation."""
+    """Logs a `score` that is best after the third validation."""
 
     def on_validation_epoch_end(self) -> None:
-        self.log("score", abs(self.current_epoch - 1.0), sync_dist=True)
+        self.log("score", abs(self.current_epoch - 2.0), sync_dist=True)
 
 
 def _run(module: Toy, callbacks: Any, ckpt_path: Any = None, epochs: int = 1, **options: Any) -> Any:
@@ -55,8 +55,8 @@ def _is(found: object, expected: object, what: str) -> None:
 def _top_k(path: Path) -> None:
     saves = ModelCheckpoint(path, "{epoch}", monitor="score", save_top_k=2)
     _run(seeded(Monitored), [saves], epochs=4)
-    _is(_names(path), ["epoch=0.ckpt", "epoch=1.ckpt"], "the two best of four")
-    _is(Path(saves.best_model_path).name, "epoch=1.ckpt", "the best")
+    _is(_names(path), ["epoch=1.ckpt", "epoch=2.ckpt"], "the two best of four")
+    _is(Path(saves.best_model_path).name, "epoch=2.ckpt", "the best")
 
 
 def _last(path: Path) -> None:
@@ -103,7 +103,7 @@ def _weights_only(path: Path) -> None:
 def _leftovers(path: Path) -> None:
     """A run killed while it saved leaves a directory aside; it is neither "last" nor in the way."""
     if dist.get_rank() == 0:
-        (path / ".last.ckpt.partial").mkdir(parents=True)
+        (path / ".last.ckpt.partial" / "rng").mkdir(parents=True)
     dist.barrier()
     _run(seeded(Toy), [ModelCheckpoint(path, "{epoch}", save_last=True)], "last")
     _is(_names(path), ["epoch=0.ckpt", "last.ckpt"], "after a save over leftovers")
