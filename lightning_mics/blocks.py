@@ -144,7 +144,8 @@ def _outermost(blocks: Iterator[Block] | list[Block]) -> tuple[Block, ...]:
 
 def _class_of(module: nn.Module) -> type[nn.Module]:
     """The class as its author wrote it; `fully_shard` puts another in front."""
-    return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+    written = next(c for c in type(module).__mro__ if issubclass(c, nn.Module) and not issubclass(c, FSDPModule))
+    return written
 
 
 def _has_parameters(module: nn.Module) -> bool:

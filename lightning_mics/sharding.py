@@ -211,6 +211,7 @@ def shard(
     slots = _slots_by_owner(root, found)
     _check_dtypes(slots, found)
 
+    _equalize_user_shards(module, groups)
     seed = common_seed(groups.device)
     materialize(module, _modules_outside(module, found), groups.device, seed)
     for block in found:
@@ -218,7 +219,6 @@ def shard(
         if activation_checkpointing:
             _checkpoint_activations(block.module)
         _shard_block(block.module, slots[block.name], groups, precision)
-    _equalize_shards(root, groups)
     policy = _policy(precision, [getattr(owner, name) for owner, name in slots[""]])
     fully_shard(root, mesh=groups.partition_mesh, mp_policy=policy)
     register_fsdp_forward_method(root, "as_output")
@@ -359,16 +359,14 @@ def _check_dtypes(slots: dict[str, list[_Slot]], found: tuple[Block, ...]) -> No
             )
 
 
-def _equalize_shards(root: nn.Module, groups: Groups) -> None:
-    """Shards of modules that the user sharded take the first replica's values."""
+def _equalize_user_shards(module: nn.Module, groups: Groups) -> None:
+    """Shards that the user made take the first replica's values."""
     if groups.replication_group is None:
         return
     source = dist.get_process_group_ranks(groups.replication_group)[0]
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            for param in module.parameters():
-                if isinstance(param, DTensor):
-                    dist.broadcast(param.to_local().detach(), src=source, group=groups.replication_group)
+    for param in module.parameters():
+        if isinstance(param, DTensor):
+            dist.broadcast(param.to_local().detach(), src=source, group=groups.replication_group)
 
 
 def _checkpoint_activations(module: nn.Module) -> None:
