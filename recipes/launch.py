@@ -6,6 +6,7 @@ for the run, each writes a log of its own, and the command is found that goes on
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -30,6 +31,8 @@ _LIBRARIES = (
     "transformers",
 )
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# From glibc's malloc.h.
+_M_MMAP_THRESHOLD = -3
 # A value that Hydra reads as it is, without quotes.
 _PLAIN = re.compile(r"[\w./:+~@-]+")
 
@@ -57,6 +60,17 @@ def _timed_run_id() -> str:
         return os.environ["TORCHELASTIC_RUN_ID"]
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     return store.compare_set(f"lightning_mics/{RUN_ID}", "", now).decode()
+
+
+def return_freed_memory() -> None:
+    """Make glibc give large freed blocks back to the system; without glibc nothing happens.
+
+    It keeps them by default, and a sharded model on CPU gathers and frees blocks of many sizes: BERT large in four
+    processes grew beyond 5.7 GB each, and stays at 4.6 GB so.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def started_from_outside() -> bool:

@@ -86,5 +86,6 @@ def tell_how_to_go_on(trainer: Trainer, resumed_from: str | None) -> None:
 
 
 if __name__ == "__main__":
+    launch.return_freed_memory()
     launch.agree_on_run_id()
     job()

@@ -91,7 +91,9 @@ def test_processes_are_those_that_the_launcher_started(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("data", options("data"))
-@pytest.mark.parametrize(("model", "objective", "seq_len"), [("bert_large", "masked", 512), ("gpt_175b", "causal", 2048)])
+@pytest.mark.parametrize(
+    ("model", "objective", "seq_len"), [("bert_large", "masked", 512), ("gpt_175b", "causal", 2048)]
+)
 def test_the_model_says_what_its_data_are(data: str, model: str, objective: str, seq_len: int) -> None:
     cfg = composed(f"model={model}", f"data={data}")
     assert (cfg.data.objective, cfg.data.seq_len) == (objective, seq_len)

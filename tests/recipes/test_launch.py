@@ -153,7 +153,9 @@ def test_resume_command_keeps_the_overrides_and_the_launcher(monkeypatch: pytest
     torchrun |= {"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node0"}
     command = launch.resume_command(Path("c"), [], max_steps=1, environment=torchrun)
     assert command.startswith("torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0 ")
-    assert launch.resume_command(Path("c"), [], max_steps=1, environment={"SLURM_PROCID": "0"}).startswith("srun python")
+    assert launch.resume_command(Path("c"), [], max_steps=1, environment={"SLURM_PROCID": "0"}).startswith(
+        "srun python"
+    )
 
 
 @pytest.mark.parametrize("path", ["out/step-5.ckpt", "out/lr=1e-3/my run/step-5.ckpt", "out/it's/step-5.ckpt"])

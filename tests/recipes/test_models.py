@@ -137,6 +137,4 @@ def test_loss_is_the_mean_cross_entropy_of_what_is_to_be_predicted(
 
 def test_unknown_objective_is_refused() -> None:
     with pytest.raises(ValueError, match=r"objective='seq2seq' is unknown; choose one of causal, masked"):
-        LanguageModel(
-            GPT2Config(), "seq2seq", partial(adamw, lr=1e-3), warmup_cosine, seq_len=8, vocab_size=8
-        )
+        LanguageModel(GPT2Config(), "seq2seq", partial(adamw, lr=1e-3), warmup_cosine, seq_len=8, vocab_size=8)

@@ -40,7 +40,11 @@ def run(command: list[str], cwd: Path) -> str:
 
 
 def train(
-    tmp_path: Path, corpus: Path, *overrides: str, launcher: Sequence[str] = (sys.executable,), flags: Sequence[str] = ()
+    tmp_path: Path,
+    corpus: Path,
+    *overrides: str,
+    launcher: Sequence[str] = (sys.executable,),
+    flags: Sequence[str] = (),
 ) -> str:
     script = str(ROOT / "recipes" / "train.py")
     return run([*launcher, script, *flags, *SMALL, f"data.path={corpus}", *overrides], tmp_path)
