@@ -64,8 +64,8 @@ def _communication(trainer: pl.Trainer) -> list[tuple[str, str]]:
         ("window", micro_steps),
         (
             "wire",
-            f"each rank sends per step: gathers {in_units(wire.gather, 'B')} and hop 1 {in_units(wire.hop_1, 'B')} in its "
-            f"partition group, hop 2 {in_units(wire.hop_2, 'B')} between replicas",
+            f"each rank sends per step: gathers {in_units(wire.gather, 'B')} and hop 1 {in_units(wire.hop_1, 'B')} in "
+            f"its partition group, hop 2 {in_units(wire.hop_2, 'B')} between replicas",
         ),
         *[("blocks" if i == 0 else "", line) for i, line in enumerate(strategy.mics.describe().splitlines())],
     ]

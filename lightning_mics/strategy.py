@@ -220,7 +220,6 @@ class MiCSStrategyMixin(_Base):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        self._reset_optimizers_and_schedulers()  # those of an earlier run
         self._rng = TrainingRng()
         super().setup_optimizers(trainer)
 

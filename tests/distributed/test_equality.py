@@ -1,9 +1,9 @@
 """The same numbers as DDP, and as one process that sees all the data.
 
 Every case trains ten AdamW steps with clipping on three copies of one model: sharded, under DDP, and (on rank 0) alone
-with every rank's batches. fp32 sums are associated differently in the three, so equality is to rounding: losses and norms
-to 2e-6 relative; parameters to 1e-5, one hundredth of the step of 1e-3 that Adam takes wherever a gradient is not zero
-(it divides out the size of a gradient, and with it the size of its rounding).
+with every rank's batches. fp32 sums are associated differently in the three, so equality is to rounding: losses and
+norms to 2e-6 relative; parameters to 1e-5, one hundredth of the step of 1e-3 that Adam takes wherever a gradient is not
+zero (it divides out the size of a gradient, and with it the size of its rounding).
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def error_of_sums(dtype: torch.dtype, reduce_dtype: torch.dtype | None) -> tuple
             grads = torch.autograd.grad(model(data(rank, micro, dtype)).sum(), list(model.parameters()))
             for total, grad in zip(exact, grads, strict=True):
                 total += grad.double() / dist.get_world_size()
-    error = max(float(((a.double() - b).norm() / b.norm())) for a, b in zip(sums, exact, strict=True))
+    error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(sums, exact, strict=True))
     after = {str(p.grad.dtype) for p in root.module.parameters() if p.grad is not None}
     return error, str(sums[0].dtype), *after  # type: ignore[return-value]
 
@@ -100,5 +100,5 @@ def test_mixed_precision_gathers_16_bits_and_reduces_32() -> None:
 
 @pytest.mark.parametrize("value", ["bf16", torch.int64])
 def test_a_dtype_that_is_none_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match="param_dtype=.* must be a floating-point torch.dtype"):
+    with pytest.raises(ValueError, match=r"param_dtype=.* must be a floating-point torch.dtype"):
         Precision(param_dtype=value)  # type: ignore[arg-type]
