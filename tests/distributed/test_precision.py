@@ -77,22 +77,28 @@ def test_sums_of_wide_parameters_are_their_own(dtype: torch.dtype) -> None:
     assert error < {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
 
 
-def wire() -> dict[str, set[tuple[str, int]]]:
-    """Dtypes of a mixed-precision micro-step's collectives, by kind."""
-    root = build(torch.float32, Precision(param_dtype=torch.bfloat16))
+def wire(own: torch.dtype, precision: Precision, mixed: bool) -> dict[str, set[tuple[str, int]]]:
+    """Dtypes of a micro-step's collectives and how many ranks they span, by kind."""
+    root = build(own, precision)
     with collectives() as calls:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = root(data(dist.get_rank(), 0, torch.float32)).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = root(data(dist.get_rank(), 0, own)).sum()
         with root.window.backward():
             loss.backward()
         root.window.close()
-    shards = {str(p.dtype) for p in root.parameters()}
-    assert shards == {"torch.float32"}
+    assert {p.dtype for p in root.parameters()} == {own}
     return {kind: {(c.dtype, len(c.ranks)) for c in calls if c.kind == kind} for kind in {c.kind for c in calls}}
 
 
-def test_mixed_precision_gathers_16_bits_and_reduces_32() -> None:
-    for kinds in run_ranks(4, wire):
+@pytest.mark.parametrize(
+    ("own", "precision", "mixed"),
+    [
+        pytest.param(torch.float32, Precision(param_dtype=torch.bfloat16), True, id="bf16-mixed"),
+        pytest.param(torch.bfloat16, Precision(), False, id="bf16-true"),
+    ],
+)
+def test_16_bits_are_gathered_and_32_reduced(own: torch.dtype, precision: Precision, mixed: bool) -> None:
+    for kinds in run_ranks(4, wire, own, precision, mixed):
         assert kinds["all_gather"] == {("torch.bfloat16", 2)}
         assert kinds["reduce_scatter"] == {("torch.float32", 2)}
         assert {dtype for dtype, _ in kinds["all_reduce"]} == {"torch.float32"}
