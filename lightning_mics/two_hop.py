@@ -44,7 +44,7 @@ class Bucket:
         return [p for p in self.parameters if p.requires_grad]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _InFlight:
     """A hop 2 under way: `flat` holds the gradients of `parameters`, one after the other, and whatever follows."""
 
@@ -202,8 +202,7 @@ class Window:
         while self._launched < len(self.buckets):
             last = self._launched == len(self.buckets) - 1
             self._launch(self._launched, used if last else None)
-        used = self._land(used)
-        self._clear_unused(used)
+        self._clear_unused(self._land(used))
         self._unsynced.clear()
         self._complete = True
 
@@ -213,6 +212,7 @@ class Window:
         self._launched = index + 1
         if self._groups.replication_group is None:
             return
+        self._land(None, finished_only=True)  # their memory serves the next
         params = self.buckets[index].trainable
         if not self.one_backward:
             params = [p for p in params if p.grad is not None and index in self._unsynced]
@@ -226,10 +226,13 @@ class Window:
         self._in_flight.append(_InFlight(params, flat, work))
 
     @torch.no_grad()
-    def _land(self, used: Tensor | None) -> Tensor | None:
+    def _land(self, used: Tensor | None, *, finished_only: bool = False) -> Tensor | None:
         """Wait for hop 2, write the means into `.grad`, and return what rode with it."""
         replicas = self._groups.topology.replicas
-        for flight in self._in_flight:
+        landing = [flight for flight in self._in_flight if not finished_only or flight.work.is_completed()]
+        self._in_flight = [flight for flight in self._in_flight if flight not in landing]
+        while landing:
+            flight = landing.pop()
             flight.work.wait()
             if flight.flat.device.type != "cpu":
                 flight.flat.record_stream(torch.accelerator.current_stream(flight.flat.device))
@@ -239,7 +242,6 @@ class Window:
             for local, mean in zip(locals_, means, strict=True):
                 torch.div(mean.view_as(local), replicas, out=local)
             used = rest if rest.numel() else used
-        self._in_flight.clear()
         return used
 
     def _local_gradient(self, param: nn.Parameter) -> Tensor:
