@@ -1,5 +1,7 @@
 # make train   train a small GPT on real text, four processes in two partition groups
-# make test    all tests            make lint   style and types            make clean   remove what these made
+# make test    all tests
+# make lint    style and types
+# make clean   remove the environment and caches; outputs/, with its checkpoints, stays
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,5 +32,5 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
