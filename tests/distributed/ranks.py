@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,10 +38,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     """
     port = _free_port()
     pipes, processes = [], []
+    folder = tempfile.TemporaryDirectory()  # what a Trainer writes when it is not told where
     for rank in range(world_size):
         ours, theirs = _context.Pipe(duplex=False)
         process = _context.Process(
-            target=_main, args=(theirs, rank, world_size, port, env, function, args), daemon=True
+            target=_main, args=(theirs, rank, world_size, port, folder.name, env, function, args), daemon=True
         )
         process.start()
         theirs.close()
@@ -54,6 +56,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             if process.is_alive():
                 process.kill()
                 process.join()
+        folder.cleanup()
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
@@ -75,7 +78,14 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
 
 
 def _main(
-    pipe: Connection, rank: int, world_size: int, port: int, env: dict[str, str], function: Any, args: tuple[Any, ...]
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: str,
+    env: dict[str, str],
+    function: Any,
+    args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -90,6 +100,7 @@ def _main(
         **env,
     )
     torch.set_num_threads(1)
+    os.chdir(folder)
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
         result = function(*args)
