@@ -193,6 +193,7 @@ class MiCSStrategyMixin(_Base):
     @override
     def _setup_model(self, model: nn.Module) -> MiCSModule:
         assert self._groups is not None
+        precision = self._precision_for(self.precision_plugin)
         sharded = model.__dict__.get(_SHARDED)
         if sharded is None:
             sharded = shard(
@@ -200,14 +201,15 @@ class MiCSStrategyMixin(_Base):
                 self._groups,
                 blocks=self._blocks,
                 activation_checkpointing=self._activation_checkpointing,
-                precision=self._precision_for(self.precision_plugin),
+                precision=precision,
             )
             # Not a submodule: a second Trainer finds the module sharded, and its state dict is as it was.
             model.__dict__[_SHARDED] = sharded
-        elif sharded.groups.topology != self._groups.topology:
+        elif (sharded.groups.topology, sharded.precision) != (self._groups.topology, precision):
             raise ValueError(
-                f"the model is sharded already, for {sharded.groups.topology}, and this Trainer runs "
-                f"{self._groups.topology}; build a new model, or keep partition_size"
+                f"the model is sharded already, for {sharded.groups.topology} and {sharded.precision}, and this "
+                f"Trainer runs {self._groups.topology} and {precision}; build a new model, or keep partition_size and "
+                "precision"
             )
         sharded.window.drop()
         sharded.release()

@@ -223,13 +223,14 @@ def _second_trainer() -> None:
         trainer(strategy()).fit(each, Batches(4))
         trainer(strategy()).fit(each, Batches(4, first=50))
     assert_same_training(module, other, "two Trainers, one after the other")
-    with pytest.raises(ValueError, match=r"the model is sharded already, for .*; build a new model, or keep"):
-        trainer(mics(4)).fit(module, Batches(4))
+    for strategy, precision in ((mics(4), "32-true"), (mics(), "bf16-mixed")):
+        with pytest.raises(ValueError, match=r"the model is sharded already, for .*; build a new model, or keep"):
+            trainer(strategy, precision=precision).fit(module, Batches(4))
     with pytest.raises(RuntimeError, match="the model is not sharded yet"):
         _ = mics().mics
 
 
-def test_a_second_trainer_takes_the_model_at_the_same_partition_size_only() -> None:
+def test_a_second_trainer_takes_the_model_at_the_same_partition_size_and_precision_only() -> None:
     run_ranks(4, _second_trainer)
 
 
