@@ -39,6 +39,8 @@ else:
 
 _MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 _SHARDED = "_mics_module"
+# Lightning's callbacks that copy parameters whole, in either tree of classes.
+_WHOLE_COPIES = ("StochasticWeightAveraging", "WeightAveraging")
 _AVERAGES = ("mean", "avg")
 _REDUCE_OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -185,6 +187,16 @@ class MiCSStrategyMixin(_Base):
         context: AbstractContextManager[Any] = torch.device("meta") if empty_init else nullcontext()
         with context, self.precision_plugin.tensor_init_context():
             yield
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if any(base.__name__ in _WHOLE_COPIES for base in type(callback).__mro__):
+                raise ValueError(
+                    f"{type(callback).__name__} averages copies of whole parameters and cannot average shards; leave "
+                    'it out, or train with strategy="ddp"'
+                )
+        super().setup(trainer)
 
     @override
     def model_to_device(self) -> None:
