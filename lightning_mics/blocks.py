@@ -53,7 +53,7 @@ def find_blocks(root: nn.Module, choice: BlockChoice = None) -> tuple[Block, ...
     found = [
         Block(name, module)
         for name, module in root.named_modules()
-        if name and matches(name, module) and _has_parameters(module)
+        if name and matches(name, module) and has_parameters(module)
     ]
     _check_choice(choice, found)
     return tuple(found)
@@ -110,10 +110,10 @@ def _declared_layers(root: nn.Module) -> tuple[Block, ...]:
         if isinstance(names, list | tuple | set | frozenset):
             declared.update(names)
     found = [
-        Block(name, m) for name, m in root.named_modules() if _class_of(m).__name__ in declared and _has_parameters(m)
+        Block(name, m) for name, m in root.named_modules() if class_of(m).__name__ in declared and has_parameters(m)
     ]
-    count = Counter(_class_of(block.module) for block in found)
-    return _outermost(block for block in found if count[_class_of(block.module)] > 1)
+    count = Counter(class_of(block.module) for block in found)
+    return _outermost(block for block in found if count[class_of(block.module)] > 1)
 
 
 def _largest_stacks(root: nn.Module) -> tuple[Block, ...]:
@@ -123,9 +123,9 @@ def _largest_stacks(root: nn.Module) -> tuple[Block, ...]:
         if (
             isinstance(module, _LISTS)
             and len(children) > 1
-            and len({_class_of(child.module) for child in children}) == 1
+            and len({class_of(child.module) for child in children}) == 1
             and not isinstance(children[0].module, (*_LISTS[:1], nn.ModuleDict))
-            and all(_has_parameters(child.module) for child in children)
+            and all(has_parameters(child.module) for child in children)
         ):
             stacks.append((sum(p.numel() for p in module.parameters()), children))
     largest = max((size for size, _ in stacks), default=0)
@@ -136,17 +136,16 @@ def _largest_stacks(root: nn.Module) -> tuple[Block, ...]:
 def _outermost(blocks: Iterator[Block] | list[Block]) -> tuple[Block, ...]:
     kept: list[Block] = []
     for block in blocks:
-        if not any(block.name.startswith(outer.name + ".") for outer in kept):
+        if not any(block.name.startswith(outer.name + ".") or block.module is outer.module for outer in kept):
             kept.append(block)
-    seen: set[int] = set()
-    return tuple(b for b in kept if not (id(b.module) in seen or seen.add(id(b.module))))  # type: ignore[func-returns-value]
+    return tuple(kept)
 
 
-def _class_of(module: nn.Module) -> type[nn.Module]:
+def class_of(module: nn.Module) -> type[nn.Module]:
     """The class as its author wrote it; `fully_shard` puts another in front."""
-    written = next(c for c in type(module).__mro__ if issubclass(c, nn.Module) and not issubclass(c, FSDPModule))
-    return written
+    return next(c for c in type(module).__mro__ if issubclass(c, nn.Module) and not issubclass(c, FSDPModule))
 
 
-def _has_parameters(module: nn.Module) -> bool:
+def has_parameters(module: nn.Module) -> bool:
+    """Whether there is anything to shard."""
     return next(module.parameters(), None) is not None

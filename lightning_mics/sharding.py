@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mics._compat import in_backward, reduce_unused_params, reset_iter_state
 from lightning_mics.block_order import BlockOrder
-from lightning_mics.blocks import Block, BlockChoice, find_blocks
+from lightning_mics.blocks import Block, BlockChoice, class_of, find_blocks, has_parameters
 from lightning_mics.groups import Groups
 from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
 from lightning_mics.two_hop import Bucket, Window
@@ -167,7 +167,7 @@ class MiCSModule(nn.Module):
         """The choice of blocks, for people."""
         by_class: defaultdict[str, list[Block]] = defaultdict(list)
         for block in self.blocks:
-            by_class[type(block.module).__name__.removeprefix("FSDP")].append(block)
+            by_class[class_of(block.module).__name__].append(block)
         lines = []
         for name, blocks in by_class.items():
             numel = sum(p.numel() for p in blocks[0].module.parameters())
@@ -205,21 +205,21 @@ def shard(
             that is sharded over other ranks already.
     """
     _check_no_scalars(module)
-    found = find_blocks(module, blocks) if _has_parameters(module) else ()
+    found = find_blocks(module, blocks) if has_parameters(module) else ()
     _check_sharded_by_user(module, groups)
     root = MiCSModule(module, groups, precision)
     slots = _slots_by_owner(root, found)
-    _check_dtypes(slots, found)
+    _check_dtypes(slots)
 
     _equalize_user_shards(module, groups)
     seed = common_seed(groups.device)
     materialize(module, _modules_outside(module, found), groups.device, seed)
     for block in found:
-        materialize(module, _modules_within(module, block), groups.device, seed)
+        materialize(module, _modules_within(block), groups.device, seed)
         if activation_checkpointing:
             _checkpoint_activations(block.module)
         _shard_block(block.module, slots[block.name], groups, precision)
-    policy = _policy(precision, [getattr(owner, name) for owner, name in slots[""]])
+    policy = _policy(precision, _parameters_at(slots[""]))
     fully_shard(root, mesh=groups.partition_mesh, mp_policy=policy)
     register_fsdp_forward_method(root, "as_output")
     _gather_again_inside_forward(root, slots[""])
@@ -231,7 +231,7 @@ def shard(
 def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precision: Precision) -> None:
     if isinstance(module, FSDPModule):
         return
-    own = [getattr(owner, name) for owner, name in slots]
+    own = _parameters_at(slots)
     ignored = {p for p in module.parameters() if not any(p is q for q in own)}
     fully_shard(
         module,
@@ -264,8 +264,8 @@ def _install_window(root: MiCSModule, found: tuple[Block, ...], slots: dict[str,
     root.blocks = found
     root.order = BlockOrder(found)
     gathered_by = {block.module: slots[block.name] for block in found} | {root: slots[""]}
-    buckets = [Bucket(_unique(slots[block.name]), index) for index, block in reversed([*enumerate(found)])] + [
-        Bucket(_unique(slots[""]), None)
+    buckets = [Bucket(_parameters_at(slots[block.name]), index) for index, block in reversed([*enumerate(found)])] + [
+        Bucket(_parameters_at(slots[""]), None)
     ]
     dtypes = {p.dtype for bucket in buckets for p in bucket.parameters if p.requires_grad} or {torch.float32}
     widest = functools.reduce(torch.promote_types, dtypes)
@@ -308,11 +308,11 @@ def _block_of(name: str, blocks: set[str]) -> str:
     return next((".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in blocks), "")
 
 
-def _unique(slots: list[_Slot]) -> tuple[nn.Parameter, ...]:
-    return tuple({id(p): p for p in (getattr(owner, name) for owner, name in slots)}.values())
+def _parameters_at(slots: list[_Slot]) -> tuple[nn.Parameter, ...]:
+    return tuple(getattr(owner, name) for owner, name in slots)
 
 
-def _modules_within(root: nn.Module, block: Block) -> Iterator[tuple[str, nn.Module]]:
+def _modules_within(block: Block) -> Iterator[tuple[str, nn.Module]]:
     return ((f"{block.name}.{name}".rstrip("."), module) for name, module in block.module.named_modules())
 
 
@@ -322,10 +322,6 @@ def _modules_outside(root: nn.Module, found: tuple[Block, ...]) -> Iterator[tupl
 
 
 # -- checks, before any collective -------------------------------------------------------------------------------------
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def _check_no_scalars(module: nn.Module) -> None:
@@ -349,9 +345,9 @@ def _check_sharded_by_user(module: nn.Module, groups: Groups) -> None:
             )
 
 
-def _check_dtypes(slots: dict[str, list[_Slot]], found: tuple[Block, ...]) -> None:
+def _check_dtypes(slots: dict[str, list[_Slot]]) -> None:
     for name, where in slots.items():
-        dtypes = Counter(getattr(*slot).dtype for slot in where if getattr(*slot).requires_grad)
+        dtypes = Counter(param.dtype for param in _parameters_at(where) if param.requires_grad)
         if len(dtypes) > 1:
             raise ValueError(
                 f"{name or 'the parameters outside blocks'}: trainable parameters of several dtypes ({dict(dtypes)}) "
