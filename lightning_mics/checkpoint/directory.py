@@ -63,16 +63,16 @@ class Checkpoint:
         """
         tensors, rest = _split(checkpoint, _aliases(module))
         aside = self.path.with_name(f".{self.path.name}.partial")
-        _together(lambda: _make_empty(aside) if _rank() == 0 else None, f"cannot create {aside}")
+        _together(lambda: _make_empty(aside) if dist.get_rank() == 0 else None, f"cannot create {aside}")
         _tensors_together(lambda: dcp.save(tensors, checkpoint_id=aside), f"cannot write tensors into {aside}")
 
         def write() -> None:
-            if _rank() == 0:
+            if dist.get_rank() == 0:
                 torch.save(rest, aside / _REST)
-            torch.save(rng or get_rng_state(), aside / "rng" / f"{_rank():05d}.pt")
+            torch.save(rng or get_rng_state(), aside / "rng" / f"{dist.get_rank():05d}.pt")
 
         _together(write, f"cannot write into {aside}")
-        _together(lambda: _replace(aside, self.path) if _rank() == 0 else None, f"cannot rename {aside}")
+        _together(lambda: _replace(aside, self.path) if dist.get_rank() == 0 else None, f"cannot rename {aside}")
 
     # -- load --------------------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Checkpoint:
 
     def rng_state(self) -> dict[str, Any] | None:
         """This rank's random state at the save; None if fewer ranks saved."""
-        path = self.path / "rng" / f"{_rank():05d}.pt"
+        path = self.path / "rng" / f"{dist.get_rank():05d}.pt"
         return torch.load(path, weights_only=True) if path.exists() else None
 
     def remove(self) -> None:
@@ -254,10 +254,6 @@ def _replace(aside: Path, path: Path) -> None:
         os.replace(path, old)
     os.replace(aside, path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _rank() -> int:
-    return dist.get_rank()
 
 
 def _listed(names: Sequence[str]) -> str:
