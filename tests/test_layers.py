@@ -15,11 +15,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. What stands in one row does not import its like, but for the rows named below.
 ROWS = (
-    {"topology", "version", "_compat"},
+    {"topology", "network", "version", "_compat"},
     {"groups"},
     {"collectives", "blocks", "materialize", "block_order", "usage", "two_hop", "sharding"},
-    {"checkpoint", "telemetry", "planner"},
-    {"strategy", "callbacks", "fabric", "accelerate", "cli"},
+    {"checkpoint", "probe", "telemetry", "planner"},
+    {"strategy", "callbacks", "fabric", "accelerate", "cli", "__main__"},
 )
 WITHIN_A_ROW = {
     "block_order": {"blocks"},
@@ -27,6 +27,7 @@ WITHIN_A_ROW = {
     "sharding": {"collectives", "blocks", "materialize", "block_order", "usage", "two_hop"},
     "callbacks": {"strategy"},
     "cli": {"strategy", "fabric", "accelerate"},
+    "__main__": {"cli"},
 }
 ENGINE = ROWS[0] | ROWS[1] | ROWS[2]
 INTEGRATED = ("lightning", "pytorch_lightning", "accelerate", "transformers", "recipes")
@@ -72,8 +73,9 @@ def test_the_engine_knows_no_integration(path: Path) -> None:
     assert not [name for name in imports(path) if name.split(".")[0] in INTEGRATED]
 
 
-def test_topology_is_pure_python() -> None:
-    assert not [name for name in imports(PACKAGE / "topology.py") if name.split(".")[0] in (*FOREIGN, "numpy")]
+@pytest.mark.parametrize("name", ["topology", "network"])
+def test_pure_python(name: str) -> None:
+    assert not [name for name in imports(PACKAGE / f"{name}.py") if name.split(".")[0] in (*FOREIGN, "numpy")]
 
 
 def is_private(name: str) -> bool:
