@@ -27,7 +27,13 @@ from typing_extensions import override
 
 from lightning_mics._compat import script_launcher
 from lightning_mics.blocks import BlockChoice
-from lightning_mics.checkpoint import Checkpoint, TrainingRng, optimizer_state_by_name
+from lightning_mics.checkpoint import (
+    Checkpoint,
+    SingleFile,
+    TrainingRng,
+    load_whole_state_dict,
+    optimizer_state_by_name,
+)
 from lightning_mics.groups import Groups
 from lightning_mics.sharding import MiCSModule, Precision, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
@@ -385,22 +391,24 @@ class MiCSStrategyMixin(_Base):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
-        checkpoint = Checkpoint(self.broadcast(checkpoint_path))
-        fits = self.lightning_module.trainer.state.fn == "fit"  # the optimizers of a fit outlive it
+        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
+        fits = module.trainer.state.fn == "fit"  # the optimizers of a fit outlive it
+        optimizers = self.optimizers if fits else ()
         self.mics.release()
-        rest = checkpoint.load(
-            self.lightning_module,
-            self.optimizers if fits else (),
-            strict=self.lightning_module.strict_loading,
-            weights_only=weights_only,
-        )
+        if path.is_file():
+            return SingleFile(path).load(module, optimizers, weights_only=weights_only)
+        checkpoint = Checkpoint(path)
+        rest = checkpoint.load(module, optimizers, strict=module.strict_loading, weights_only=weights_only)
         if fits:
             self._rng.interrupt(checkpoint.rng_state())
         return rest
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing to do: `load_checkpoint` has read each rank's shards in place."""
+        """What a single file holds; of a directory, `load_checkpoint` has read each rank's shards in place."""
+        if checkpoint["state_dict"]:
+            assert self.lightning_module is not None
+            load_whole_state_dict(self.lightning_module, checkpoint["state_dict"], strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -13,29 +13,31 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from lightning_mics.checkpoint.agreement import tensors_together, together
 from lightning_mics.checkpoint.optimizer import (
     StateByName,
     check_same_parameters,
     empty_like_saved,
-    load_optimizer_state_by_name,
+    number_parameters,
 )
 from lightning_mics.checkpoint.rng import get_rng_state
 
 _REST = "lightning.pt"
 _MODEL = "model."
-_T = TypeVar("_T")
+_OPTIMIZER = "optimizer"
+_EXTRA = "_extra_state"  # torch's key for what a module keeps by get_extra_state
+_TIED = "tied"
 
 
 class Checkpoint:
@@ -63,16 +65,16 @@ class Checkpoint:
         """
         tensors, rest = _split(checkpoint, _aliases(module))
         aside = self.path.with_name(f".{self.path.name}.partial")
-        _together(lambda: _make_empty(aside) if dist.get_rank() == 0 else None, f"cannot create {aside}")
-        _tensors_together(lambda: dcp.save(tensors, checkpoint_id=aside), f"cannot write tensors into {aside}")
+        together(lambda: _make_empty(aside) if dist.get_rank() == 0 else None, f"cannot create {aside}")
+        tensors_together(lambda: dcp.save(tensors, checkpoint_id=aside), f"cannot write tensors into {aside}")
 
         def write() -> None:
             if dist.get_rank() == 0:
                 torch.save(rest, aside / _REST)
             torch.save(rng or get_rng_state(), aside / "rng" / f"{dist.get_rank():05d}.pt")
 
-        _together(write, f"cannot write into {aside}")
-        _together(lambda: _replace(aside, self.path) if dist.get_rank() == 0 else None, f"cannot rename {aside}")
+        together(write, f"cannot write into {aside}")
+        together(lambda: _replace(aside, self.path) if dist.get_rank() == 0 else None, f"cannot rename {aside}")
 
     # -- load --------------------------------------------------------------------------------------------------------
 
@@ -90,25 +92,46 @@ class Checkpoint:
             module: sharded; its parameters and buffers take the saved values, whatever partition size saved them.
             optimizers: as saved, in number and in parameters; none to leave them out.
             strict: whether names missing on either side are an error.
-            weights_only: passed to `torch.load` for Lightning's part; None reads it whole.
+            weights_only: of `torch.load`, for Lightning's part.
+
+        Returns:
+            What Lightning keeps beside optimizer state; "state_dict" is empty, as all of it is loaded.
 
         Raises:
             FileNotFoundError, ValueError: on every rank if there is no checkpoint, or it does not fit; names what, and
                 leaves everything as it was.
             RuntimeError: on every rank if any rank could not read its part.
         """
-        saved, rest = _together(lambda: self._open(weights_only), f"cannot read {self.path}")
+        saved, rest = together(lambda: self._open(weights_only), f"cannot read {self.path}")
         states = rest.pop("optimizer_states", None)
+        rest.pop(_TIED, None)
 
         def fit() -> dict[str, Any]:
             targets = self._model_targets(module, saved, strict)
             return targets | self._optimizer_targets(module, optimizers, saved, states) if optimizers else targets
 
-        targets = _together(fit, f"cannot load {self.path}")
-        _tensors_together(lambda: dcp.load(targets, checkpoint_id=self.path), f"cannot read tensors of {self.path}")
+        targets = together(fit, f"cannot load {self.path}")
+        tensors_together(lambda: dcp.load(targets, checkpoint_id=self.path), f"cannot read tensors of {self.path}")
         for optimizer, state in zip(optimizers, states or (), strict=False):  # as many, or no optimizer
-            load_optimizer_state_by_name(module, optimizer, state)
-        return rest
+            optimizer.load_state_dict(number_parameters(state))
+        extra = {key.removeprefix(_MODEL): value for key, value in targets.items() if key.endswith(_EXTRA)}
+        module.load_state_dict(rest["state_dict"] | extra, strict=False)  # a copy of what modules keep elsewhere
+        return {**rest, "state_dict": {}}
+
+    def read(self, weights_only: bool | None = None) -> dict[str, Any]:
+        """All of it, with whole tensors in this process's memory, as `save` was given it. Needs no process group.
+
+        Args:
+            weights_only: of `torch.load`, for Lightning's part.
+
+        Raises:
+            FileNotFoundError, ValueError: if there is no checkpoint.
+        """
+        saved, rest = self._open(weights_only)
+        entries = {key: meta for key, meta in saved.items() if isinstance(meta, TensorStorageMetadata)}
+        tensors = {key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in entries.items()}
+        dcp.load(tensors, checkpoint_id=self.path, no_dist=True)
+        return _join(tensors, rest)
 
     def rng_state(self) -> dict[str, Any] | None:
         """This rank's random state at the save; None if fewer ranks saved."""
@@ -125,15 +148,15 @@ class Checkpoint:
     def _open(self, weights_only: bool | None) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.path.is_file():
             raise ValueError(
-                f"{self.path} is a single file, not a checkpoint directory; load its state_dict into the module before "
-                "trainer.fit, or resume from a directory that this strategy saved"
+                f"{self.path} is a single file, not a checkpoint directory; use it as it is: load_from_checkpoint and "
+                "ckpt_path take it"
             )
         if not (self.path / ".metadata").exists():
             raise FileNotFoundError(
                 f"{self.path} is not a checkpoint: it has no .metadata; give the directory that was saved"
             )
         saved = dcp.FileSystemReader(self.path).read_metadata().state_dict_metadata
-        rest = torch.load(self.path / _REST, map_location="cpu", weights_only=bool(weights_only))
+        rest = torch.load(self.path / _REST, map_location="cpu", weights_only=weights_only)
         return dict(saved), rest
 
     def _model_targets(self, module: nn.Module, saved: dict[str, Any], strict: bool) -> dict[str, Any]:
@@ -178,7 +201,7 @@ class Checkpoint:
         params = dict(module.named_parameters())
         for i, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
             check_same_parameters(module, optimizer, state)
-            prefix = f"optimizer.{i}."
+            prefix = f"{_OPTIMIZER}.{i}."
             for key, meta in saved.items():
                 if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata):
                     name, field = key.removeprefix(prefix).rsplit(".", 1)
@@ -187,54 +210,42 @@ class Checkpoint:
         return targets
 
 
-def _split(checkpoint: dict[str, Any], aliases: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _split(checkpoint: dict[str, Any], aliases: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, flat, for the distributed writer; and the rest, without them."""
-    rest = {k: v for k, v in checkpoint.items() if k != "state_dict"}
     state = checkpoint.get("state_dict", {})
     tensors = {_MODEL + k: v for k, v in state.items() if isinstance(v, Tensor) and k not in aliases}
-    rest["state_dict"] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+    rest = {**checkpoint, "state_dict": {k: v for k, v in state.items() if not isinstance(v, Tensor)}}
+    rest[_TIED] = {k: aliases[k] for k in state if k in aliases}
     if "optimizer_states" in checkpoint:
         rest["optimizer_states"] = []
     for i, optimizer in enumerate(checkpoint.get("optimizer_states", ())):
         values: dict[str, dict[str, Any]] = {}
         for name, fields in optimizer["state"].items():
-            tensors |= {f"optimizer.{i}.{name}.{k}": v for k, v in fields.items() if isinstance(v, Tensor)}
+            tensors |= {f"{_OPTIMIZER}.{i}.{name}.{k}": v for k, v in fields.items() if isinstance(v, Tensor)}
             values[name] = {k: v for k, v in fields.items() if not isinstance(v, Tensor)}
         rest["optimizer_states"].append({"state": values, "param_groups": optimizer["param_groups"]})
     return tensors, rest
 
 
-def _aliases(module: nn.Module) -> set[str]:
-    """Names of tied parameters after the first."""
+def _join(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The reverse of `_split`, in place of `rest`."""
+    state = rest["state_dict"]
+    for key, tensor in tensors.items():
+        if key.startswith(_MODEL):
+            state[key.removeprefix(_MODEL)] = tensor
+        else:
+            _, i, name_and_field = key.split(".", 2)
+            name, field = name_and_field.rsplit(".", 1)
+            rest["optimizer_states"][int(i)]["state"].setdefault(name, {})[field] = tensor
+    state |= {alias: state[name] for alias, name in rest.pop(_TIED, {}).items() if name in state}
+    return rest
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Names of tied parameters after the first, and the first."""
     first: dict[int, str] = {}
     names = module.named_parameters(remove_duplicate=False)
-    return {name for name, param in names if first.setdefault(id(param), name) != name}
-
-
-def _together(action: Callable[[], _T], failure: str) -> _T:
-    """Run `action` on every rank; if it raises on any, raise on all, so that none waits for it."""
-    result, error = None, None
-    try:
-        result = action()
-    except Exception as exception:
-        error = exception
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
-    if error is not None:
-        raise error
-    if failed:
-        raise RuntimeError(f"{failure}: {'; '.join(failed[:3])}")
-    return result  # type: ignore[return-value]
-
-
-def _tensors_together(action: Callable[[], object], failure: str) -> None:
-    """Run a collective of the distributed checkpoint library, which raises on all ranks if on any, tell it plainly."""
-    try:
-        action()
-    except CheckpointException as exception:  # not an Exception: it would pass every handler on its way out
-        failed = [f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(exception.failures.items())]
-        raise RuntimeError(f"{failure}: {'; '.join(failed[:3])}") from exception
+    return {name: first[id(param)] for name, param in names if first.setdefault(id(param), name) != name}
 
 
 def _make_empty(path: Path) -> None:

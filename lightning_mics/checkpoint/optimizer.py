@@ -24,13 +24,7 @@ def optimizer_state_by_name(module: nn.Module, optimizer: Optimizer) -> StateByN
         "state": for each name a dict of tensors (DTensors where the parameter's shape is kept) and values;
         "param_groups": each with the names in its "params".
     """
-    names = _names(module, optimizer)
-    plain = optimizer.state_dict()
-    order = [name for group in names for name in group]
-    return {
-        "state": {order[index]: state for index, state in plain["state"].items()},
-        "param_groups": [{**group, "params": named} for group, named in zip(plain["param_groups"], names, strict=True)],
-    }
+    return name_parameters(module, optimizer, optimizer.state_dict())
 
 
 def check_same_parameters(module: nn.Module, optimizer: Optimizer, by_name: Mapping[str, Any]) -> None:
@@ -49,18 +43,29 @@ def check_same_parameters(module: nn.Module, optimizer: Optimizer, by_name: Mapp
         )
 
 
-def load_optimizer_state_by_name(module: nn.Module, optimizer: Optimizer, by_name: Mapping[str, Any]) -> None:
-    """The reverse of `optimizer_state_by_name`, for what `check_same_parameters` lets pass."""
-    names = _names(module, optimizer)
-    order = {name: index for index, name in enumerate(name for group in names for name in group)}
-    start = 0
-    groups = []
-    for group in by_name["param_groups"]:
-        stop = start + len(group["params"])
-        groups.append({**group, "params": list(range(start, stop))})
-        start = stop
-    state = {order[name]: value for name, value in by_name["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def number_parameters(by_name: StateByName) -> dict[str, Any]:
+    """State by name as torch's optimizers load it: parameters numbered in the order of the groups."""
+    names = (name for group in by_name["param_groups"] for name in group["params"])
+    order = {name: number for number, name in enumerate(names)}
+    groups = [{**group, "params": [order[name] for name in group["params"]]} for group in by_name["param_groups"]]
+    return {"state": {order[name]: state for name, state in by_name["state"].items()}, "param_groups": groups}
+
+
+def name_parameters(module: nn.Module, optimizer: Optimizer, numbered: Mapping[str, Any]) -> StateByName:
+    """The reverse of `number_parameters`, with the names of `optimizer`'s parameters in their order.
+
+    Raises:
+        ValueError: if the optimizer's groups do not hold as many parameters.
+    """
+    names, saved = _names(module, optimizer), [group["params"] for group in numbered["param_groups"]]
+    if [len(group) for group in names] != [len(group) for group in saved]:
+        raise ValueError(
+            f"the optimizer holds groups of {[len(group) for group in names]} parameters, the checkpoint "
+            f"{[len(group) for group in saved]}; build the optimizer as it was built when the checkpoint was saved"
+        )
+    name_of = {n: name for ns, named in zip(saved, names, strict=True) for n, name in zip(ns, named, strict=True)}
+    groups = [{**group, "params": named} for group, named in zip(numbered["param_groups"], names, strict=True)]
+    return {"state": {name_of[n]: state for n, state in numbered["state"].items()}, "param_groups": groups}
 
 
 def empty_like_saved(param: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -197,10 +197,6 @@ def _refusals(path: Path) -> None:
         run.save_checkpoint(path / "x.ckpt", storage_options={"a": 1})
     with pytest.raises(FileNotFoundError, match=r"is not a checkpoint: it has no \.metadata"):
         _run(module, [], path / "nowhere.ckpt")
-    if dist.get_rank() == 0:
-        torch.save({"state_dict": {}}, path / "single.ckpt")
-    with pytest.raises(ValueError, match="is a single file, not a checkpoint directory"):
-        _run(module, [], path / "single.ckpt")
 
 
 def test_validate_test_and_predict_from_a_checkpoint_at_other_partition_sizes(tmp_path: Path) -> None:

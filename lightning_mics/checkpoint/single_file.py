@@ -1,0 +1,154 @@
+"""A checkpoint in a single file, as Lightning writes it where nothing is sharded.
+
+`consolidate` makes one of a checkpoint directory, in one process. `SingleFile` reads one into shards: every rank maps
+the file into its memory and takes its own part, so that no rank holds the whole.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_mics.checkpoint.agreement import together
+from lightning_mics.checkpoint.directory import Checkpoint
+from lightning_mics.checkpoint.optimizer import StateByName, check_same_parameters, name_parameters, number_parameters
+
+
+def consolidate(directory: str | Path, file: str | Path, *, weights_only: bool | None = None) -> None:
+    """Write a checkpoint directory as one Lightning checkpoint file, for one process without this package.
+
+    `MyModule.load_from_checkpoint(file)` reads it, and `trainer.fit(model, ckpt_path=file)` resumes from it under any
+    strategy that Lightning's own checkpoints resume under: parameters, optimizers, schedulers, loops and callbacks are
+    as they were; random state is left out, as Lightning keeps none. Needs no process group; the whole checkpoint has
+    to fit this process's memory.
+
+    Args:
+        directory: what `Trainer(strategy="mics")` saved.
+        file: to write; one that exists is replaced when the new one is complete.
+        weights_only: of `torch.load`, for what Lightning keeps beside tensors. False lets it run the code of objects
+            that a module saved, so only for a checkpoint from a trusted source.
+
+    Raises:
+        FileNotFoundError, ValueError: if `directory` is not a checkpoint directory.
+        IsADirectoryError: if `file` is a directory.
+    """
+    file = Path(file)
+    if file.is_dir():
+        raise IsADirectoryError(f"file={str(file)!r} is a directory; name a file, as {str(file / 'whole.ckpt')!r}")
+    checkpoint = Checkpoint(directory).read(weights_only)
+    if "optimizer_states" in checkpoint:
+        checkpoint["optimizer_states"] = [number_parameters(state) for state in checkpoint["optimizer_states"]]
+    aside = file.with_name(f".{file.name}.partial")
+    torch.save(checkpoint, aside)
+    os.replace(aside, file)
+
+
+class SingleFile:
+    """A Lightning checkpoint file, to be loaded into a sharded module.
+
+    Args:
+        path: the same on every rank, on a file system that all ranks see.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def load(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read optimizer state in place, and return the rest. Collective on the default group.
+
+        Args:
+            module: sharded.
+            optimizers: as saved, in number and in the order of their parameters; none to leave them out.
+            weights_only: of `torch.load`.
+
+        Returns:
+            What Lightning keeps beside optimizer state; the tensors in it are in the file until they are looked at.
+
+        Raises:
+            ValueError: on every rank if the optimizers do not fit; leaves them as they were.
+            RuntimeError: on every rank if any rank could not read the file.
+        """
+        checkpoint = together(lambda: self._open(weights_only), f"cannot read {self.path}")
+        states = checkpoint.pop("optimizer_states", None)
+        fitting = together(lambda: self._fit(module, optimizers, states), f"cannot load {self.path}")
+        for optimizer, state in zip(optimizers, fitting, strict=True):
+            optimizer.load_state_dict(number_parameters(_sharded_state(module, state)))
+        return checkpoint
+
+    def _open(self, weights_only: bool | None) -> dict[str, Any]:
+        mmap = zipfile.is_zipfile(self.path)  # torch's older files cannot be mapped
+        checkpoint: dict[str, Any] = torch.load(self.path, map_location="cpu", mmap=mmap, weights_only=weights_only)
+        return checkpoint
+
+    def _fit(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], states: list[Mapping[str, Any]] | None
+    ) -> list[StateByName]:
+        """The state of each optimizer by name."""
+        if not optimizers:
+            return []
+        if states is None or len(states) != len(optimizers):
+            raise ValueError(
+                f"{self.path} holds the state of {len(states or ())} optimizers, there are {len(optimizers)} now; "
+                "return as many from configure_optimizers, or load weights alone by validate/test/predict"
+            )
+        return [_by_name(module, optimizer, state) for optimizer, state in zip(optimizers, states, strict=True)]
+
+
+def load_whole_state_dict(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+    """Load whole tensors into a sharded module, each rank its part. No communication.
+
+    Raises:
+        RuntimeError: as `load_state_dict`, if names or shapes differ.
+        ValueError: if a dtype differs.
+    """
+    targets = module.state_dict()
+    module.load_state_dict({key: _as_in(targets.get(key), value, key) for key, value in state.items()}, strict=strict)
+
+
+def _as_in(target: object, value: object, key: str) -> object:
+    if not isinstance(value, Tensor) or not isinstance(target, Tensor):
+        return value
+    if value.dtype != target.dtype:
+        raise ValueError(
+            f"{key}: saved as {value.dtype}, the module has {target.dtype}; build the model that was saved"
+        )
+    return _part_of(value, target)
+
+
+def _by_name(module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> StateByName:
+    """State that is numbered, or named as Lightning's sharded strategies do in a single file."""
+    if any(isinstance(key, str) for group in state["param_groups"] for key in group["params"]):
+        check_same_parameters(module, optimizer, state)
+        return dict(state)
+    return name_parameters(module, optimizer, state)
+
+
+def _sharded_state(module: nn.Module, state: StateByName) -> StateByName:
+    params = dict(module.named_parameters())
+    sharded = {
+        name: {k: _part_of(v, params[name]).clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
+        for name, fields in state["state"].items()
+    }
+    return {**state, "state": sharded}
+
+
+def _part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of `whole`, sharded as `like` is where it has its shape."""
+    if not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole
+    (placement,), mesh = like.placements, like.device_mesh
+    chunks = whole.chunk(mesh.size(), placement.dim)  # type: ignore[attr-defined]
+    rank = mesh.get_local_rank()
+    part = chunks[rank] if rank < len(chunks) else whole.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    local = part.to(like.device)
+    return DTensor.from_local(local, mesh, like.placements, shape=like.shape, stride=like.stride())
