@@ -7,9 +7,11 @@ test would notice if it moved.
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten  # nested inputs and outputs; torch has no public pytree
@@ -19,6 +21,7 @@ __all__ = [
     "HAS_UNUSED_PARAMS",
     "RESET_METHODS",
     "allow_wide_gradients",
+    "coalesced",
     "in_backward",
     "reduce_unused_params",
     "reset_iter_state",
@@ -62,6 +65,17 @@ def reset_iter_state(root: FSDPModule) -> None:
     """
     if HAS_RESET_ITER_STATE:
         root.reset_iter_state()
+
+
+def coalesced(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
+    """Issue the collectives in here as one, where the backend can: NCCL launches them together.
+
+    torch has no public name for it. Elsewhere they are issued one by one. No test without several
+    GPUs.
+    """
+    if dist.get_backend(group) != "nccl":
+        return nullcontext()
+    return dist.distributed_c10d._coalescing_manager(group, device)
 
 
 def allow_wide_gradients(param: nn.Parameter) -> None:

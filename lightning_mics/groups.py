@@ -1,13 +1,13 @@
 """Groups: a topology turned into process groups.
 
 One device mesh axis shards, the other replicates. The sharding engine only ever sees the one-dimensional mesh of a
-partition group, so that nothing it does can leave the group; hop 2 runs over the replication group, on a communicator
-of its own, and is absent where there is one replica.
+partition group, so that nothing it does can leave the group. Each kind of traffic (gathers, hop 1, hop 2) has
+communicators of its own on each tier of the network, so that none waits behind what it does not need.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -18,18 +18,71 @@ from lightning_mics.topology import Topology
 
 
 @dataclass(frozen=True)
+class Tiers:
+    """The communicators of one kind of traffic among some ranks, as one rank sees them.
+
+    Attributes:
+        ranks: one tuple a node, all of one length, in the order of the group.
+        rank: whose view this is; one of `ranks`.
+        everyone: all ranks.
+        intra_node: this rank's node; None where it is alone there.
+        inter_node: the ranks at this rank's place in every node; None where there is one node.
+    """
+
+    ranks: tuple[tuple[int, ...], ...]
+    rank: int
+    everyone: dist.ProcessGroup
+    intra_node: dist.ProcessGroup | None
+    inter_node: dist.ProcessGroup | None
+
+    @property
+    def nodes(self) -> int:
+        """N, how many nodes the ranks are on."""
+        return len(self.ranks)
+
+    @property
+    def per_node(self) -> int:
+        """How many ranks are on each node."""
+        return len(self.ranks[0])
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.nodes * self.per_node
+
+    @property
+    def node(self) -> int:
+        """Which of the nodes is this rank's."""
+        return next(index for index, ranks in enumerate(self.ranks) if self.rank in ranks)
+
+    @property
+    def local(self) -> int:
+        """Which of its node's ranks this rank is."""
+        return self.ranks[self.node].index(self.rank)
+
+    def flat(self) -> Tiers:
+        """The same ranks without the distinction, as though they were on one node."""
+        ranks = (tuple(rank for node in self.ranks for rank in node),)
+        return replace(self, ranks=ranks, intra_node=self.everyone, inter_node=None)
+
+
+@dataclass(frozen=True)
 class Groups:
     """The process groups of one rank.
 
     Attributes:
         topology: what they were made from.
         partition_mesh: one-dimensional mesh ("shard") of the p ranks that hold this rank's replica.
-        replication_group: the r ranks that hold this rank's shard; None where r is 1.
+        gather: for all-gathers in the partition group; None where p is 1.
+        hop_1: for reduce-scatters in the partition group; None where p is 1.
+        hop_2: for all-reduces among the r ranks that hold this rank's shard; None where r is 1.
     """
 
     topology: Topology
     partition_mesh: DeviceMesh
-    replication_group: dist.ProcessGroup | None
+    gather: Tiers | None
+    hop_1: Tiers | None
+    hop_2: Tiers | None
 
     @property
     def device(self) -> torch.device:
@@ -41,6 +94,11 @@ class Groups:
     def partition_group(self) -> dist.ProcessGroup:
         """The process group of `partition_mesh`."""
         return self.partition_mesh.get_group()
+
+    @property
+    def replication_group(self) -> dist.ProcessGroup | None:
+        """The process group of the ranks that hold this rank's shard; None where r is 1."""
+        return None if self.hop_2 is None else self.hop_2.everyone
 
     @classmethod
     def create(cls, topology: Topology, device_type: str, timeout: timedelta | None = None) -> Groups:
@@ -61,18 +119,31 @@ class Groups:
                 "default process group; make the topology from torch.distributed.get_world_size()"
             )
         rank = dist.get_rank()
-        replica, shard = topology.replica_of(rank), topology.shard_of(rank)
-        partition = _group_of(topology.partition_groups[replica], timeout)
-        mesh = DeviceMesh.from_group(partition, device_type, mesh_dim_names=("shard",))
-        if topology.replicas == 1:
-            return cls(topology, mesh, None)
-        return cls(topology, mesh, _group_of(topology.replication_groups[shard], timeout))
+        partition = topology.partition_groups[topology.replica_of(rank)]
+        replication = topology.replication_groups[topology.shard_of(rank)]
+        whole = len(partition) == topology.world_size
+        group: dist.ProcessGroup = dist.group.WORLD if whole else _new_group(partition, timeout)  # type: ignore[assignment]
+        mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=("shard",))
+        tiers = [_tiers(topology.by_node(ranks), rank, timeout) for ranks in (partition, partition, replication)]
+        return cls(topology, mesh, *tiers)
 
 
-def _group_of(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+def _tiers(ranks: tuple[tuple[int, ...], ...], rank: int, timeout: timedelta | None) -> Tiers | None:
+    everyone = tuple(rank for node in ranks for rank in node)
+    if len(everyone) == 1:
+        return None
+    group = _new_group(everyone, timeout)
+    tiers = Tiers(ranks, rank, group, None, None)
+    if tiers.nodes == 1:
+        return replace(tiers, intra_node=group)
+    if tiers.per_node == 1:
+        return replace(tiers, inter_node=group)
+    same_place = tuple(node[tiers.local] for node in ranks)
+    return replace(tiers, intra_node=_new_group(ranks[tiers.node], timeout), inter_node=_new_group(same_place, timeout))
+
+
+def _new_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
     """The process group of `ranks`, which only they make, so that it takes no longer on a larger cluster."""
-    if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD  # type: ignore[return-value]
     group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     return group
 

@@ -23,9 +23,14 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mics._compat import in_backward, reduce_unused_params, reset_iter_state
 from lightning_mics.block_order import BlockOrder
 from lightning_mics.blocks import Block, BlockChoice, class_of, find_blocks, has_parameters
+from lightning_mics.channels import channel_for
+from lightning_mics.collectives import collectives_for
+from lightning_mics.comms import BlockGather, HopOne
 from lightning_mics.groups import Groups
+from lightning_mics.ladder import Parameters, Rung
 from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
-from lightning_mics.two_hop import Bucket, Window
+from lightning_mics.network import Network, Tier
+from lightning_mics.two_hop import Bucket, HopTwo, Window
 from lightning_mics.usage import Usage
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -57,7 +62,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class WireBytes:
-    """Bytes that one rank sends in one optimizer step, by ring collectives.
+    """Bytes that one rank sends in one optimizer step.
 
     Attributes:
         gather: all-gathers in the partition group, of all micro-steps.
@@ -76,12 +81,16 @@ class MiCSModule(nn.Module):
     Calling it calls the module, gathering each block's parameters from the partition group on the way.
     """
 
-    def __init__(self, module: nn.Module, groups: Groups, precision: Precision) -> None:
+    def __init__(self, module: nn.Module, groups: Groups, precision: Precision, rung: Rung) -> None:
         super().__init__()
         self.module = module
         self.tied_across_blocks = nn.ParameterList()
         self.groups = groups
         self.precision = precision
+        self.rung = rung
+        self.gathers: dict[nn.Module, BlockGather] = {}
+        self.hops_1: dict[nn.Module, HopOne] = {}
+        self.hop_2: HopTwo | None = None
         self.blocks: tuple[Block, ...] = ()
         self.window: Window
         self.order: BlockOrder
@@ -113,6 +122,18 @@ class MiCSModule(nn.Module):
         self.window.one_backward = value
         self.order.pass_skipped = value and self.groups.topology.partition_size > 1
         reduce_unused_params(self, value)  # type: ignore[arg-type]
+        self._prefetch(value)
+
+    def _prefetch(self, enable: bool) -> None:
+        """Whether each block's gather is begun before the block ahead of it runs.
+
+        Only where the next block is known to come. On an accelerator the engine runs ahead by itself.
+        """
+        if self.groups.device.type != "cpu" or self.groups.topology.partition_size == 1:
+            return
+        modules = [self, *(block.module for block in self.blocks)]
+        for module, following in zip(modules, [*modules[1:], None], strict=True):
+            module.set_modules_to_forward_prefetch([following] if enable and following else [])  # type: ignore[operator]
 
     def as_output(self, loss: Callable[[], Tensor]) -> Tensor:
         """The loss to call backward on when that happens inside the module's own forward (manual optimization).
@@ -127,11 +148,15 @@ class MiCSModule(nn.Module):
         """Free what a forward without a backward left gathered, so that the next gather sees the optimizer's step."""
         for module in self.modules():
             if isinstance(module, FSDPModule):
+                if module in self.gathers and self.gathers[module].prefetched:
+                    module.unshard()  # nothing but the end of what was begun
                 module.reshard()
 
     def abort(self) -> None:
         """After an exception in a forward or a backward: forget the window and whatever was under way."""
         self.window.drop()
+        for gather in self.gathers.values():
+            gather.abandon()
         for param in self.parameters():
             if not isinstance(param, DTensor):  # still gathered: its backward did not finish
                 param.grad = None
@@ -148,18 +173,20 @@ class MiCSModule(nn.Module):
     def wire_bytes(self, window: int) -> WireBytes:
         """What one rank sends in an optimizer step of `window` micro-steps.
 
-        Of a block's gathered bytes B, a ring sends (p-1)/p: once in forward, once in backward, once reduced. What
-        lies outside the blocks is gathered once. Hop 2 sends 2(r-1)/r of a shard.
+        Of a block's gathered bytes B, (p-1)/p for each gather and each reduce-scatter of the rung, and 2(r-1)/r of a
+        shard for hop 2; over one tier or two, the sum is the same.
         """
         p, r = self.groups.topology.partition_size, self.groups.topology.replicas
+        of_block, outside = self.rung.gathers(window)
         gather = hop_1 = hop_2 = 0.0
         for bucket in self.window.buckets:
             for param in bucket.parameters:
                 travels = (self.precision.param_dtype or param.dtype).itemsize
                 sums = self.precision.sum_dtype(param.dtype).itemsize
-                gather += (1 if bucket.block is None else 2) * window * param.numel() * travels * (p - 1) / p
+                times = outside if bucket.block is None else of_block
+                gather += times * param.numel() * travels * (p - 1) / p
                 if param.requires_grad:
-                    hop_1 += window * param.numel() * sums * (p - 1) / p
+                    hop_1 += self.rung.reduce_scatters(window) * param.numel() * sums * (p - 1) / p
                     hop_2 += 2 * (r - 1) / r * param.numel() / p * max(sums, param.dtype.itemsize)
         return WireBytes(gather=int(gather), hop_1=int(hop_1), hop_2=int(hop_2))
 
@@ -185,6 +212,8 @@ def shard(
     blocks: BlockChoice = None,
     activation_checkpointing: bool = False,
     precision: Precision = Precision(),
+    rung: Rung | str = "block/sharded",
+    network: Network | None = None,
 ) -> MiCSModule:
     """Shard `module` over its partition group, in place, with hop 2 over the replication group.
 
@@ -196,6 +225,8 @@ def shard(
         blocks: which modules are gathered together; see `find_blocks`.
         activation_checkpointing: recompute each block's forward in backward instead of keeping its activations.
         precision: dtypes on the wire.
+        rung: what stays whole in memory, as "block/sharded"; see `Rung`.
+        network: what the two tiers can do, the same on every rank; by default `Network.default`.
 
     Returns:
         The root to call; `module`'s parameters are now DTensors on the partition mesh.
@@ -204,10 +235,11 @@ def shard(
         ValueError: on every rank before any collective, for a scalar parameter, a block of mixed dtypes, or a module
             that is sharded over other ranks already.
     """
+    rung = Rung.parse(rung)
     _check_no_scalars(module)
     found = find_blocks(module, blocks) if has_parameters(module) else ()
     _check_sharded_by_user(module, groups)
-    root = MiCSModule(module, groups, precision)
+    root = MiCSModule(module, groups, precision, rung)
     slots = _slots_by_owner(root, found)
     _check_dtypes(slots)
 
@@ -218,17 +250,19 @@ def shard(
         materialize(module, _modules_within(block), groups.device, seed)
         if activation_checkpointing:
             _checkpoint_activations(block.module)
-        _shard_block(block.module, slots[block.name], groups, precision)
+        _shard_block(block.module, slots[block.name], groups, precision, rung)
     policy = _policy(precision, _parameters_at(slots[""]))
     fully_shard(root, mesh=groups.partition_mesh, mp_policy=policy)
     register_fsdp_forward_method(root, "as_output")
     _gather_again_inside_forward(root, slots[""])
 
-    _install_window(root, found, slots)
+    root.blocks = found
+    _install_comms(root, network or Network.default(groups.topology.ranks_per_node, groups.device.type))
+    _install_window(root, slots)
     return root
 
 
-def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precision: Precision) -> None:
+def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precision: Precision, rung: Rung) -> None:
     if isinstance(module, FSDPModule):
         return
     own = _parameters_at(slots)
@@ -237,7 +271,7 @@ def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precisio
         module,
         mesh=groups.partition_mesh,
         mp_policy=_policy(precision, own),
-        reshard_after_forward=True,
+        reshard_after_forward=rung.parameters == Parameters.BLOCK,
         ignored_params=ignored or None,
     )
 
@@ -260,17 +294,62 @@ def _policy(precision: Precision, params: Sequence[Tensor]) -> MixedPrecisionPol
     )
 
 
-def _install_window(root: MiCSModule, found: tuple[Block, ...], slots: dict[str, list[_Slot]]) -> None:
-    root.blocks = found
-    root.order = BlockOrder(found)
-    gathered_by = {block.module: slots[block.name] for block in found} | {root: slots[""]}
-    buckets = [Bucket(_parameters_at(slots[block.name]), index) for index, block in reversed([*enumerate(found)])] + [
-        Bucket(_parameters_at(slots[""]), None)
+def _install_comms(root: MiCSModule, network: Network) -> None:
+    """Gathers and hop 1 of our own, on channels of their own."""
+    groups, device, backend = root.groups, root.groups.device, dist.get_backend()
+    network = _agreed(network, device)
+    if groups.hop_2 is not None:
+        channel = channel_for(device, backend, "mics-hop-2", own_stream=True)
+        root.hop_2 = HopTwo(collectives_for(groups.hop_2, network), channel)
+    if groups.gather is None or groups.hop_1 is None:
+        return
+    gather, gathers = collectives_for(groups.gather, network), channel_for(device, backend, "mics-gather")
+    reduce, reduces = collectives_for(groups.hop_1, network), channel_for(device, backend, "mics-hop-1")
+    for name, module in _gathering(root).items():
+        root.gathers[module] = BlockGather(name or "what lies outside blocks", gather, gathers)
+        root.hops_1[module] = HopOne(
+            name or "what lies outside blocks", reduce, reduces, groups.topology.partition_size
+        )
+        module.set_custom_all_gather(root.gathers[module])
+        module.set_custom_reduce_scatter(root.hops_1[module])
+        module.set_gradient_divide_factor(1.0)  # hop 1 divides, once its sum has come
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _agreed(network: Network, device: torch.device) -> Network:
+    """Rank 0's, so that all ranks choose the same way for each message."""
+    tiers = [network.intra.latency, network.intra.bandwidth, network.inter.latency, network.inter.bandwidth]
+    numbers = torch.tensor(tiers, dtype=torch.float64, device=device)
+    if dist.get_world_size() > 1:
+        dist.broadcast(numbers, src=0)
+    intra_latency, intra_bandwidth, inter_latency, inter_bandwidth = numbers.tolist()
+    return Network(Tier(intra_latency, intra_bandwidth), Tier(inter_latency, inter_bandwidth), network.source)
+
+
+def _gathering(root: MiCSModule) -> dict[str, Any]:
+    """The sharded modules by name: the blocks, in order, and the root as ""."""
+    return {block.name: block.module for block in root.blocks} | {"": root}
+
+
+def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
+    root.order = BlockOrder(root.blocks)
+    gathering = _gathering(root)
+    blocks = [(index, block.name) for index, block in enumerate(root.blocks)]
+    buckets = [
+        Bucket(name or "what lies outside blocks", _parameters_at(slots[name]), index, root.hops_1.get(gathering[name]))
+        for index, name in [*reversed(blocks), (None, "")]
     ]
     dtypes = {p.dtype for bucket in buckets for p in bucket.parameters if p.requires_grad} or {torch.float32}
     widest = functools.reduce(torch.promote_types, dtypes)
     root.window = Window(
-        buckets, root.groups, root.order, Usage(gathered_by), sum_dtype=root.precision.sum_dtype(widest)
+        buckets,
+        root.groups,
+        root.hop_2,
+        root.order,
+        Usage({module: slots[name] for name, module in gathering.items()}),
+        rung=root.rung,
+        reshard_after_backward=root.set_reshard_after_backward,  # type: ignore[arg-type]
+        sum_dtype=root.precision.sum_dtype(widest),
     )
 
 

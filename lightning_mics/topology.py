@@ -109,19 +109,15 @@ class Topology:
         n, p = self.world_size, self.partition_size
         return tuple(tuple(range(shard, n, p)) for shard in range(p))
 
-    @property
-    def intra_node_groups(self) -> RankGroups:
-        """The parts of the partition groups that lie inside one node: groups of min(p, k) ranks."""
-        n, size = self.world_size, min(self.partition_size, self.ranks_per_node)
-        return tuple(tuple(range(start, start + size)) for start in range(0, n, size))
+    def by_node(self, group: Sequence[int]) -> RankGroups:
+        """The ranks of a partition or replication group, one tuple a node; all of one length.
 
-    @property
-    def inter_node_groups(self) -> RankGroups:
-        """The ranks of a partition group that share a local rank: p / k each where it spans nodes, else one each."""
-        k = self.ranks_per_node
-        if not self.spans_nodes:
-            return tuple((rank,) for rank in range(self.world_size))
-        return tuple(group[local::k] for group in self.partition_groups for local in range(k))
+        Those at one place of each tuple share a local rank, and form the groups that talk between nodes.
+        """
+        on_node: dict[int, list[int]] = {}
+        for rank in group:
+            on_node.setdefault(self._checked(rank) // self.ranks_per_node, []).append(rank)
+        return tuple(tuple(ranks) for ranks in on_node.values())
 
     def shard_of(self, rank: int) -> int:
         """Which of the p shards `rank` holds."""

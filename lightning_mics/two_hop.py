@@ -11,7 +11,7 @@ The window's sums are nowhere but in `.grad`. What clears gradients clears them,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,11 @@ from torch import Tensor, nn
 
 from lightning_mics._compat import allow_wide_gradients
 from lightning_mics.block_order import BlockOrder
+from lightning_mics.channels import Channel, Transfer
+from lightning_mics.collectives import Collectives
+from lightning_mics.comms import HopOne, padded_numel
 from lightning_mics.groups import Groups
+from lightning_mics.ladder import Gradients, Parameters, Rung
 from lightning_mics.usage import Usage
 
 
@@ -31,12 +35,16 @@ class Bucket:
     """Sharded parameters whose gradients cross hop 2 together: one block's, or what lies outside all blocks.
 
     Attributes:
+        name: the block's, for people.
         parameters: DTensors on the partition mesh, of one dtype.
         block: index of the block in the order of execution, or None for what lies outside.
+        hop_1: carries their gradients through the partition group; None where p is 1.
     """
 
+    name: str
     parameters: tuple[nn.Parameter, ...]
     block: int | None
+    hop_1: HopOne | None
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -44,13 +52,17 @@ class Bucket:
         return [p for p in self.parameters if p.requires_grad]
 
 
-@dataclass(frozen=True, eq=False)
-class _InFlight:
-    """A hop 2 under way: `flat` holds the gradients of `parameters`, one after the other, and whatever follows."""
+@dataclass(frozen=True)
+class HopTwo:
+    """How gradients cross the replicas.
 
-    parameters: list[nn.Parameter]
-    flat: Tensor
-    work: dist.Work
+    Attributes:
+        collectives: over the replication group.
+        channel: carries hop 2 of all buckets.
+    """
+
+    collectives: Collectives
+    channel: Channel
 
 
 class Window:
@@ -62,9 +74,12 @@ class Window:
     Args:
         buckets: in the order in which backward finishes them; the order of hop 2 on every rank. The last lies outside
             all blocks.
-        groups: hop 2 goes over `groups.replication_group`; where there is none, there is no hop 2.
+        groups: the partition group, where the ranks tell each other which parameters they used.
+        hop_2: None where there is one replica, and no hop 2.
         order: tells how often a block was called, and hence when its gradient is complete.
         usage: tells which parameters got a gradient on this rank.
+        rung: what stays whole until the boundary.
+        reshard_after_backward: tells the engine whether parameters are to be freed behind the coming backward.
         sum_dtype: the window's sums are kept in this dtype where the parameter's own is narrower.
     """
 
@@ -72,9 +87,12 @@ class Window:
         self,
         buckets: Sequence[Bucket],
         groups: Groups,
+        hop_2: HopTwo | None,
         order: BlockOrder,
         usage: Usage,
         *,
+        rung: Rung,
+        reshard_after_backward: Callable[[bool], None],
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.buckets = tuple(buckets)
@@ -85,9 +103,13 @@ class Window:
         boundary's backward. Otherwise (manual optimization) it covers what has gathered gradients since the last hop
         2, after each backward that synchronises, as DDP does.
         """
+        self._hops_1 = [bucket.hop_1 for bucket in self.buckets if bucket.hop_1 is not None]
         self._groups = groups
+        self._hop_2 = hop_2
         self._order = order
         self._usage = usage
+        self._rung = rung
+        self._reshard_after_backward = reshard_after_backward
         self._sum_dtype = sum_dtype
         self._key: object = None
         self._stale = False
@@ -97,7 +119,7 @@ class Window:
         self._unsynced: set[int] = set()
         self._complete = False
         self._launched = 0
-        self._in_flight: list[_InFlight] = []
+        self._in_flight: list[Transfer] = []
         for index, bucket in enumerate(self.buckets):
             for param in bucket.parameters:
                 self._watch(param, index)
@@ -124,19 +146,24 @@ class Window:
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Around one backward pass. At the boundary, hop 2 of every parameter is complete when it exits."""
+        """Around one backward pass. Its hop 1, and at the boundary hop 2 of every parameter, are over when it exits."""
         self._drop_stale()
         boundary = not self._hop_1_only
+        if self._rung.parameters == Parameters.WINDOW:
+            self._reshard_after_backward(boundary or not self.one_backward)
+        for hop_1 in self._hops_1:
+            hop_1.holds = self._rung.gradients == Gradients.WHOLE and not boundary and self.one_backward
         self._complete = False
         self._launched = 0
         self._arrived = [0] * len(self.buckets)
-        self._overlapping = boundary and self.one_backward and self._groups.replication_group is not None
+        self._overlapping = boundary and self.one_backward and self._hop_2 is not None
         try:
             yield
         finally:
             self._overlapping = False
         if boundary:
-            self._hop_2()
+            self._synchronize()
+        self._finish_hop_1()
 
     def close(self) -> None:
         """Before the optimizer's step: hop 2 on all that lacks it, and gradients in their parameters' dtype.
@@ -146,7 +173,10 @@ class Window:
         self._drop_stale()
         if self._unsynced or (self.one_backward and not self._complete):
             self._launched = 0
-            self._hop_2()
+            for hop_1 in self._hops_1:
+                hop_1.flush()
+            self._synchronize()
+            self._finish_hop_1()
         for param in self._parameters():
             if param.grad is not None and param.grad.dtype != param.dtype:
                 param.grad = param.grad.to(param.dtype)
@@ -155,6 +185,10 @@ class Window:
         """Forget the window: no gradient, nothing under way."""
         for param in self._parameters():
             param.grad = None
+        for transfer in self._in_flight:
+            transfer.abandon()
+        for hop_1 in self._hops_1:
+            hop_1.forget()
         self._in_flight.clear()
         self._unsynced.clear()
         self._usage.forget()
@@ -181,11 +215,18 @@ class Window:
         """The engine has added a micro-step's gradient to `param.grad`."""
         if param.grad is not None and self._is_narrow(param) and param.grad.dtype != self._sum_dtype:
             param.grad = param.grad.to(self._sum_dtype)
+        if (hop_1 := self.buckets[index].hop_1) is not None:
+            hop_1.arrived(param)  # type: ignore[arg-type]
         self._unsynced.add(index)
         if self._overlapping:
             self._arrived[index] += 1
             while self._is_whole(self._launched):
                 self._launch(self._launched)
+
+    def _finish_hop_1(self) -> None:
+        for hop_1 in self._hops_1:
+            if hop_1.transfer is not None:
+                hop_1.transfer.wait()
 
     def _is_whole(self, index: int) -> bool:
         """Whether no more gradient will come for a block in this backward."""
@@ -197,52 +238,54 @@ class Window:
 
     # -- hop 2 -------------------------------------------------------------------------------------------------------
 
-    def _hop_2(self) -> None:
+    def _synchronize(self) -> None:
+        """Hop 2 of whatever has not begun it, and the end of all of it."""
         used = self._used_in_partition_group()
-        while self._launched < len(self.buckets):
-            last = self._launched == len(self.buckets) - 1
-            self._launch(self._launched, used if last else None)
-        self._clear_unused(self._land(used))
+        while self._launched < len(self.buckets) - 1:
+            self._launch(self._launched)
+        if used is not None and self._hop_2 is not None:
+            # In the same place of the order on every rank: before the last bucket, which has its hop 1 to wait for.
+            self._carry(partial(self._hop_2.collectives.all_reduce, used), "hop 2 of parameters' usage")
+        self._launch(self._launched)
+        for transfer in self._in_flight:
+            transfer.wait()
+        self._in_flight.clear()
+        self._clear_unused(used)
         self._unsynced.clear()
         self._complete = True
 
     @torch.no_grad()
-    def _launch(self, index: int, rider: Tensor | None = None) -> None:
-        """All-reduce a bucket's gradients over the replication group, asynchronously, and `rider` with them."""
+    def _launch(self, index: int) -> None:
+        """Begin to average a bucket's gradients over the replication group."""
         self._launched = index + 1
-        if self._groups.replication_group is None:
+        if self._hop_2 is None:
             return
-        self._land(None, finished_only=True)  # their memory serves the next
-        params = self.buckets[index].trainable
+        bucket = self.buckets[index]
+        params = bucket.trainable
         if not self.one_backward:
             params = [p for p in params if p.grad is not None and index in self._unsynced]
-        parts = [self._local_gradient(p).reshape(-1) for p in params]
-        if rider is not None:
-            parts.append(rider.to(parts[0].dtype if parts else rider.dtype))
-        if not parts:
-            return
-        flat = torch.cat(parts)
-        work = dist.all_reduce(flat, group=self._groups.replication_group, async_op=True)
-        self._in_flight.append(_InFlight(params, flat, work))
+        if params:
+            shards = [
+                _Shard(self._local_gradient(p), padded_numel(p, self._groups.topology.partition_size)) for p in params
+            ]
+            hop_1 = bucket.hop_1.transfer if bucket.hop_1 is not None else None
+            self._carry(partial(self._average, shards, hop_1), f"hop 2 of {bucket.name}")
 
-    @torch.no_grad()
-    def _land(self, used: Tensor | None, *, finished_only: bool = False) -> Tensor | None:
-        """Wait for hop 2, write the means into `.grad`, and return what rode with it."""
-        replicas = self._groups.topology.replicas
-        landing = [flight for flight in self._in_flight if not finished_only or flight.work.is_completed()]
-        self._in_flight = [flight for flight in self._in_flight if flight not in landing]
-        while landing:
-            flight = landing.pop()
-            flight.work.wait()
-            if flight.flat.device.type != "cpu":
-                flight.flat.record_stream(torch.accelerator.current_stream(flight.flat.device))
-            locals_ = [self._local_gradient(p) for p in flight.parameters]
-            sizes = [local.numel() for local in locals_]
-            *means, rest = flight.flat.split([*sizes, flight.flat.numel() - sum(sizes)])
-            for local, mean in zip(locals_, means, strict=True):
-                torch.div(mean.view_as(local), replicas, out=local)
-            used = rest if rest.numel() else used
-        return used
+    def _carry(self, task: Callable[[], None], what: str) -> None:
+        assert self._hop_2 is not None
+        self._in_flight.append(self._hop_2.channel.submit(task, what))
+
+    def _average(self, shards: Sequence[_Shard], hop_1: Transfer | None) -> None:
+        assert self._hop_2 is not None
+        if hop_1 is not None:
+            hop_1.wait()
+        flat = _common_storage(shards)
+        gathered = torch.cat([shard.padded() for shard in shards]) if flat is None else flat
+        self._hop_2.collectives.all_reduce(gathered)
+        gathered.div_(self._groups.topology.replicas)
+        if flat is None:
+            for shard, mean in zip(shards, gathered.split([shard.room for shard in shards]), strict=True):
+                shard.gradient.copy_(mean[: shard.gradient.numel()].view_as(shard.gradient))
 
     def _local_gradient(self, param: nn.Parameter) -> Tensor:
         """This rank's part of `param.grad`, made of zeros where there is none."""
@@ -255,8 +298,8 @@ class Window:
     def _used_in_partition_group(self) -> Tensor | None:
         """On how many ranks of the partition group each parameter got a gradient in this window.
 
-        One all-reduce of four bytes a parameter in the partition group; over the replicas the answer rides with the
-        last bucket. None in manual optimization, where ranks are taken to run the same code.
+        One all-reduce of four bytes a parameter in the partition group, and one over the replicas. None in manual
+        optimization, where ranks are taken to run the same code.
         """
         if not self.one_backward:
             return None
@@ -282,3 +325,30 @@ class Window:
 
     def _is_narrow(self, param: Tensor) -> bool:
         return param.dtype.is_floating_point and param.dtype.itemsize < self._sum_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A rank's part of a gradient, and how many elements every rank of its partition group has room for."""
+
+    gradient: Tensor
+    room: int
+
+    def padded(self) -> Tensor:
+        return torch.nn.functional.pad(self.gradient.reshape(-1), (0, self.room - self.gradient.numel()))
+
+
+def _common_storage(shards: Sequence[_Shard]) -> Tensor | None:
+    """The memory in which the gradients lie one behind the other, as hop 1 leaves them; None if they lie otherwise."""
+    first = shards[0].gradient
+    storage, room = first.untyped_storage(), sum(shard.room for shard in shards)
+    if storage.nbytes() != room * first.itemsize:
+        return None
+    offset = 0
+    for shard in shards:
+        gradient = shard.gradient
+        same = gradient.untyped_storage().data_ptr() == storage.data_ptr() and gradient.dtype == first.dtype
+        if not (same and gradient.is_contiguous() and gradient.storage_offset() == offset):
+            return None
+        offset += shard.room
+    return first.as_strided((room,), (1,), 0)

@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, logging
 
 from lightning_mics.groups import Groups
+from lightning_mics.ladder import RUNGS
+from lightning_mics.network import Network, Tier
 from lightning_mics.sharding import MiCSModule, Precision, shard
 from lightning_mics.topology import Topology
 from tests.distributed.ranks import run_ranks
@@ -129,11 +131,21 @@ def train_alone(name: str, window: int) -> tuple[list[list[float]], list[float],
     return losses, norms, [p.detach() for p in model.parameters()]
 
 
-def compare(name: str, partition_size: int, window: int, dtype: torch.dtype | None = None) -> dict[str, float]:
+def compare(
+    name: str,
+    partition_size: int,
+    window: int,
+    *,
+    ranks_per_node: int | None = None,
+    rung: str = "block/sharded",
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:
     """The largest differences on this rank, relative for losses and norms, absolute for parameters."""
     n = dist.get_world_size()
-    groups = Groups.create(Topology(n, n, partition_size), "cpu")
-    sharded = shard(build(name), groups, precision=Precision(param_dtype=dtype))
+    groups = Groups.create(Topology(n, ranks_per_node or n, partition_size), "cpu")
+    # A network without latency: both tiers are used however small the model.
+    network = Network(Tier(0.0, 1e9), Tier(0.0, 1e8))
+    sharded = shard(build(name), groups, precision=Precision(param_dtype=dtype), rung=rung, network=network)
     sharded.one_backward = True
     replicated = DistributedDataParallel(build(name))
     ours = list(train(sharded, name, window, dtype))
@@ -167,12 +179,26 @@ def compare_alone(
     }
 
 
+def compare_bf16(name: str) -> dict[str, float]:
+    return compare(name, 2, 4, dtype=torch.bfloat16)
+
+
 TOLERANCE = {"loss": 2e-6, "norm": 2e-6, "parameter": 1e-5}
 CASES = [(4, p, window) for p in (1, 2, 4) for window in (1, 4)] + [(6, 3, 4), (6, 2, 4)]
 
 
 def compare_all(name: str, cases: list[tuple[int, int]]) -> list[dict[str, float]]:
     return [compare(name, p, window) for p, window in cases]
+
+
+def compare_nodes_and_rungs(
+    name: str, cases: list[tuple[int, int, int]], rungs: list[str]
+) -> dict[str, dict[str, float]]:
+    return {
+        f"p={p}, k={k}, window={window}, {rung}": compare(name, p, window, ranks_per_node=k, rung=rung)
+        for p, k, window in cases
+        for rung in rungs
+    }
 
 
 @pytest.mark.parametrize("name", ["gpt", "bert"])
@@ -185,9 +211,22 @@ def test_equals_ddp_and_one_process(name: str, world_size: int) -> None:
                 assert difference < TOLERANCE[what.split()[0]], f"rank {rank}, p={p}, window={window}: {worst}"
 
 
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [(4, [(4, 2, 3), (2, 2, 1)]), (4, [(1, 2, 2), (2, 1, 2)]), (6, [(6, 2, 2)])],
+    ids=["both tiers", "replicas on both tiers", "three nodes"],
+)
+def test_every_rung_equals_ddp_and_one_process(world_size: int, cases: list[tuple[int, int, int]]) -> None:
+    rungs = [str(rung) for rung in RUNGS] if world_size == 4 else ["block/sharded", "window/whole"]
+    for rank, results in enumerate(run_ranks(world_size, compare_nodes_and_rungs, "gpt", cases, rungs, timeout=200)):
+        for case, worst in results.items():
+            for what, difference in worst.items():
+                assert difference < TOLERANCE[what.split()[0]], f"rank {rank}, {case}: {worst}"
+
+
 @pytest.mark.parametrize("name", ["gpt", "bert"])
 def test_bf16_mixed_stays_near_ddp(name: str) -> None:
     """Both round to 8 bits of mantissa, at different places: 2**-8 = 0.4 % a rounding; losses stay within 1 %."""
-    for worst in run_ranks(4, compare, name, 2, 4, torch.bfloat16):
+    for worst in run_ranks(4, compare_bf16, name):
         assert 0 < worst["loss"] < 1e-2
         assert worst["parameter"] < 2 * STEPS * LR  # the sign of a gradient near zero is anyone's; a step is at most LR

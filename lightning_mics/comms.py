@@ -1,0 +1,155 @@
+"""Comms: a block's gathers and its hop 1, as the engine calls them.
+
+FSDP2 lets each sharded module bring its own all-gather and reduce-scatter: any object with these two methods. On CPU
+the engine has no streams, and would stand still in each of them; these hand the work to a channel and return, so that
+it happens behind the computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_mics.channels import Channel, Transfer
+from lightning_mics.collectives import Collectives
+
+
+class BlockGather:
+    """All-gathers of one block's parameters in the partition group.
+
+    Args:
+        name: the block's, for people.
+        collectives: over the partition group.
+        channel: carries the gathers of all blocks.
+    """
+
+    def __init__(self, name: str, collectives: Collectives, channel: Channel) -> None:
+        self._name = name
+        self._collectives = collectives
+        self._channel = channel
+        self._under_way: Transfer | None = None
+
+    @property
+    def prefetched(self) -> bool:
+        """Whether a gather was begun that nothing has used yet."""
+        return self._under_way is not None and not self._under_way.waited
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is gathered."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        """Begin a gather; the engine has put this rank's shard in its place in `output_tensor`."""
+        transfer = self._channel.submit(
+            partial(self._collectives.all_gather, output_tensor), f"all-gather of {self._name}"
+        )
+        if not self._channel.asynchronous:
+            return None
+        self._under_way = transfer
+        return transfer
+
+    def abandon(self) -> None:
+        """After an exception: nobody waits for a gather whose other ranks may never come."""
+        if self._under_way is not None:
+            self._under_way.abandon()
+
+
+class HopOne:
+    """Hop 1 of one block: reduce-scatters of its gradients in the partition group, added to the shards' `.grad`.
+
+    The engine adds what it finds in the output to `.grad` at once. Here it finds zeros, and the mean over the partition
+    group is added when it has come. While `holds`, the gradients of all ranks stay whole and are summed here instead;
+    the next hop 1 takes them along.
+
+    Args:
+        name: the block's, for people.
+        collectives: over the partition group.
+        channel: carries hop 1 of all blocks.
+        partition_size: p, by which sums are divided.
+    """
+
+    def __init__(self, name: str, collectives: Collectives, channel: Channel, partition_size: int) -> None:
+        self.holds = False
+        self.transfer: Transfer | None = None
+        """The last hop 1, under way or over."""
+        self._name = name
+        self._collectives = collectives
+        self._channel = channel
+        self._partition_size = partition_size
+        self._held: Tensor | None = None
+        self._buffer: Tensor | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._awaited = 0
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for gradients, once the block before is through: there is one buffer at a time under way."""
+        self._channel.drain()
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        """Take a micro-step's gradients, laid out by the engine as one slot a rank. `arrived` tells whose they are."""
+        output_tensor.zero_()
+        self._parameters, self._awaited = [], output_tensor.numel()
+        if self._held is not None:
+            input_tensor.add_(self._held)
+        self._buffer, self._held = input_tensor, None
+        return None
+
+    def arrived(self, param: nn.Parameter) -> None:
+        """The engine has added its zeros to `param.grad`; called for each parameter, in the order of the layout."""
+        if self._buffer is None:
+            return
+        self._parameters.append(param)
+        self._awaited -= padded_numel(param, self._partition_size)
+        if self._awaited:
+            return
+        if self.holds:
+            self._held, self._buffer = self._buffer, None
+        else:
+            self._begin()
+
+    def flush(self) -> None:
+        """Begin hop 1 of what was held, if anything was."""
+        if self._held is not None:
+            self._buffer, self._held = self._held, None
+            self._begin()
+
+    def forget(self) -> None:
+        """Drop what is held or under way."""
+        self._held = self._buffer = None
+        if self.transfer is not None:
+            self.transfer.abandon()
+            self.transfer = None
+
+    def _begin(self) -> None:
+        assert self._buffer is not None
+        targets = [param.grad.to_local() for param in self._parameters]  # type: ignore[union-attr,attr-defined]
+        sizes = [padded_numel(param, self._partition_size) for param in self._parameters]
+        task = partial(self._reduce, self._buffer, targets, sizes)
+        self._buffer = None
+        self.transfer = self._channel.submit(task, f"reduce-scatter of {self._name}")
+
+    def _reduce(self, buffer: Tensor, targets: list[Tensor], sizes: list[int]) -> None:
+        small_range = buffer.dtype == torch.float16
+        if small_range:
+            buffer.div_(self._partition_size)
+        total = self._collectives.reduce_scatter(buffer)
+        if not small_range:
+            total.div_(self._partition_size)
+        for target, piece in zip(targets, total.split(sizes), strict=True):
+            target.add_(piece[: target.numel()].view_as(target))
+
+
+def padded_numel(param: nn.Parameter, partition_size: int) -> int:
+    """Elements that each of `partition_size` ranks has room for when `param` is sharded in dim 0."""
+    rows = param.shape[0]
+    return -(-rows // partition_size) * (param.numel() // rows) if rows else 0

@@ -1,0 +1,88 @@
+"""The memory ladder: what stays whole in memory, and what that saves on the wire.
+
+Two-hop synchronisation with regathering needs the least memory. Each further rung keeps something whole that the next
+block, backward or micro-step would otherwise move again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Parameters(StrEnum):
+    """How long a block's parameters stay gathered."""
+
+    BLOCK = "block"
+    """While the block runs: gathered for its forward, and again for its backward."""
+    MICRO_STEP = "micro_step"
+    """From its forward to its backward: gathered once a micro-step."""
+    WINDOW = "window"
+    """Until the optimizer's step: gathered once a window."""
+
+
+class Gradients(StrEnum):
+    """Where the gradients of a window are summed."""
+
+    SHARDED = "sharded"
+    """In shards: hop 1 in each micro-step."""
+    WHOLE = "whole"
+    """Whole, on each rank: hop 1 at the boundary only."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung: "<parameters>/<gradients>", as "block/sharded".
+
+    For a model of M bytes in blocks of B, partition size p and a window of w, a rank holds beside its shards and sends
+    within its partition group in each optimizer step:
+
+    ===================  =============================  ==================================
+    part                 held                           sent, in units of (p-1)/p * M
+    ===================  =============================  ==================================
+    block/...            two blocks at a time           2 w gathers
+    micro_step/...       M, in forward and backward     w gathers
+    window/...           M, between optimizer steps     1 gather
+    .../sharded          two blocks at a time           w reduce-scatters
+    .../whole            M, between micro-steps         1 reduce-scatter
+    ===================  =============================  ==================================
+
+    (What lies outside the blocks is always gathered once a micro-step, or once a window.)
+    """
+
+    parameters: Parameters = Parameters.BLOCK
+    gradients: Gradients = Gradients.SHARDED
+
+    @classmethod
+    def parse(cls, rung: Rung | str) -> Rung:
+        """The rung that a user named.
+
+        Raises:
+            ValueError: if there is none of that name; the message lists those that there are.
+        """
+        if isinstance(rung, Rung):
+            return rung
+        by_name = {str(each): each for each in RUNGS}
+        if not isinstance(rung, str) or rung not in by_name:
+            raise ValueError(f"rung={rung!r} is not on the memory ladder; choose one of {', '.join(by_name)}")
+        return by_name[rung]
+
+    def gathers(self, window: int) -> tuple[int, int]:
+        """How often a window of `window` micro-steps gathers a block, and what lies outside the blocks."""
+        match self.parameters:
+            case Parameters.BLOCK:
+                return 2 * window, window
+            case Parameters.MICRO_STEP:
+                return window, window
+            case Parameters.WINDOW:
+                return 1, 1
+
+    def reduce_scatters(self, window: int) -> int:
+        """How often a window of `window` micro-steps reduces each gradient in the partition group."""
+        return window if self.gradients == Gradients.SHARDED else 1
+
+    def __str__(self) -> str:
+        return f"{self.parameters}/{self.gradients}"
+
+
+RUNGS = tuple(Rung(parameters, gradients) for parameters in Parameters for gradients in Gradients)
