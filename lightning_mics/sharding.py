@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -211,6 +211,7 @@ def shard(
     *,
     blocks: BlockChoice = None,
     activation_checkpointing: bool = False,
+    compile: Mapping[str, Any] | None = None,
     precision: Precision = Precision(),
     rung: Rung | str = "block/sharded",
     network: Network | None = None,
@@ -224,6 +225,7 @@ def shard(
         groups: from `Groups.create`.
         blocks: which modules are gathered together; see `find_blocks`.
         activation_checkpointing: recompute each block's forward in backward instead of keeping its activations.
+        compile: arguments of `torch.compile`, with which each block's forward is compiled; None leaves it as it is.
         precision: dtypes on the wire.
         rung: what stays whole in memory, as "block/sharded"; see `Rung`.
         network: what the two tiers can do, the same on every rank; by default `Network.default`.
@@ -250,6 +252,8 @@ def shard(
         materialize(module, _modules_within(block), groups.device, seed)
         if activation_checkpointing:
             _checkpoint_activations(block.module)
+        if compile is not None:  # the forward alone: hooks, which gather, stay outside the graph
+            block.module.forward = torch.compile(block.module.forward, **compile)  # type: ignore[method-assign]
         _shard_block(block.module, slots[block.name], groups, precision, rung)
     policy = _policy(precision, _parameters_at(slots[""]))
     fully_shard(root, mesh=groups.partition_mesh, mp_policy=policy)

@@ -35,6 +35,8 @@ from lightning_mics.checkpoint import (
     optimizer_state_by_name,
 )
 from lightning_mics.groups import Groups
+from lightning_mics.ladder import Rung
+from lightning_mics.network import Network
 from lightning_mics.sharding import MiCSModule, Precision, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
 
@@ -66,14 +68,20 @@ class MiCSStrategyMixin(_Base):
         blocks: the modules whose parameters travel together. By default the model's repeated layers; otherwise a
             class or its name, several, a predicate `(name, module) -> bool`, or a `ModuleWrapPolicy`.
         activation_checkpointing: recompute each block's forward in backward instead of keeping its activations.
+        compile: True to compile each block's forward by `torch.compile`, or a mapping of its arguments
+            (`{"mode": "max-autotune-no-cudagraphs"}`). Instead of a compiled LightningModule, which Lightning refuses.
         param_dtype: dtype in which parameters travel and compute. By default that of the Trainer's precision: 16 bits
             under "16-mixed" and "bf16-mixed" (shards stay fp32), otherwise the parameters' own.
         reduce_dtype: dtype of hop 1 and of the window's sums. By default fp32, or wider where the parameters are.
+        rung: what stays whole in memory instead of being moved again, "<parameters>/<gradients>": parameters for a
+            `block`, a `micro_step` or the `window`; gradients `sharded`, or `whole` until the boundary.
+        network: what the cluster's two tiers can do, from `mics probe`: the path of its file, or a `Network`.
         process_group_backend: "nccl", "gloo", ...; by default that of the device.
         timeout: of the process groups. By default torch's.
 
     Raises:
         ValueError: for a `partition_size` that does not fit the cluster, on every rank before any collective.
+        TypeError: for a `compile` that is none of the above.
     """
 
     strategy_name = "mics"
@@ -86,8 +94,11 @@ class MiCSStrategyMixin(_Base):
         ranks_per_node: int | None = None,
         blocks: BlockChoice = None,
         activation_checkpointing: bool = False,
+        compile: bool | Mapping[str, Any] = False,
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        rung: Rung | str = "block/sharded",
+        network: Network | str | Path | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
         **kwargs: Any,
@@ -98,7 +109,10 @@ class MiCSStrategyMixin(_Base):
         self._ranks_per_node = ranks_per_node
         self._blocks = blocks
         self._activation_checkpointing = activation_checkpointing
+        self._compile = _compile_arguments(compile)
         self._precision = Precision(param_dtype, reduce_dtype)
+        self._rung = Rung.parse(rung)
+        self._network = Network.load(network) if isinstance(network, str | Path) else network
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._groups: Groups | None = None
@@ -219,16 +233,15 @@ class MiCSStrategyMixin(_Base):
                 self._groups,
                 blocks=self._blocks,
                 activation_checkpointing=self._activation_checkpointing,
+                compile=self._compile,
                 precision=precision,
+                rung=self._rung,
+                network=self._network,
             )
             # Not a submodule: a second Trainer finds the module sharded, and its state dict is as it was.
             model.__dict__[_SHARDED] = sharded
-        elif (sharded.groups.topology, sharded.precision) != (self._groups.topology, precision):
-            raise ValueError(
-                f"the model is sharded already, for {sharded.groups.topology} and {sharded.precision}, and this "
-                f"Trainer runs {self._groups.topology} and {precision}; build a new model, or keep partition_size and "
-                "precision"
-            )
+        else:
+            _check_sharded_alike(sharded, self._groups.topology, precision, self._rung)
         sharded.window.drop()
         sharded.release()
         sharded.one_backward = bool(getattr(model, "automatic_optimization", True))
@@ -428,6 +441,23 @@ class MiCSStrategyMixin(_Base):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
+
+
+def _compile_arguments(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    if isinstance(compile, Mapping):
+        return compile
+    if isinstance(compile, bool):
+        return {} if compile else None
+    raise TypeError(f"compile={compile!r} must be True, False or a mapping of torch.compile's arguments")
+
+
+def _check_sharded_alike(sharded: MiCSModule, topology: Topology, precision: Precision, rung: Rung) -> None:
+    was, now = (sharded.groups.topology, sharded.precision, sharded.rung), (topology, precision, rung)
+    if was != now:
+        raise ValueError(
+            f"the model is sharded already, for {', '.join(map(str, was))}, and this Trainer runs "
+            f"{', '.join(map(str, now))}; build a new model, or keep partition_size, precision and rung"
+        )
 
 
 class MiCSStrategy(MiCSStrategyMixin, ParallelStrategy):
