@@ -15,16 +15,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. What stands in one row does not import its like, but for the rows named below.
 ROWS = (
-    {"topology", "network", "version", "_compat"},
-    {"groups"},
-    {"collectives", "blocks", "materialize", "block_order", "usage", "two_hop", "sharding"},
+    {"topology", "network", "ladder", "version", "_compat"},
+    {"groups", "channels"},
+    {"collectives", "comms", "blocks", "materialize", "block_order", "usage", "two_hop", "sharding"},
     {"checkpoint", "probe", "telemetry", "planner"},
     {"strategy", "callbacks", "fabric", "accelerate", "cli", "__main__"},
 )
 WITHIN_A_ROW = {
     "block_order": {"blocks"},
-    "two_hop": {"block_order", "usage"},
-    "sharding": {"collectives", "blocks", "materialize", "block_order", "usage", "two_hop"},
+    "comms": {"collectives"},
+    "two_hop": {"collectives", "comms", "block_order", "usage"},
+    "sharding": {"collectives", "comms", "blocks", "materialize", "block_order", "usage", "two_hop"},
     "callbacks": {"strategy"},
     "cli": {"strategy", "fabric", "accelerate"},
     "__main__": {"cli"},
@@ -73,7 +74,7 @@ def test_the_engine_knows_no_integration(path: Path) -> None:
     assert not [name for name in imports(path) if name.split(".")[0] in INTEGRATED]
 
 
-@pytest.mark.parametrize("name", ["topology", "network"])
+@pytest.mark.parametrize("name", ["topology", "network", "ladder"])
 def test_pure_python(name: str) -> None:
     assert not [name for name in imports(PACKAGE / f"{name}.py") if name.split(".")[0] in (*FOREIGN, "numpy")]
 

@@ -30,12 +30,7 @@ def topologies(draw: st.DrawFn) -> Topology:
 @given(topologies())
 def test_each_kind_of_group_holds_every_rank_once(topology: Topology) -> None:
     everyone = list(range(topology.world_size))
-    for groups in (
-        topology.partition_groups,
-        topology.replication_groups,
-        topology.intra_node_groups,
-        topology.inter_node_groups,
-    ):
+    for groups in (topology.partition_groups, topology.replication_groups):
         assert sorted(chain(*groups)) == everyone
         assert len({len(group) for group in groups}) == 1
 
@@ -53,18 +48,18 @@ def test_a_partition_group_and_a_replication_group_cross_in_one_rank(topology: T
 
 
 @given(topologies())
-def test_the_two_tiers_multiply_up_to_the_partition_group(topology: Topology) -> None:
-    k, p = topology.ranks_per_node, topology.partition_size
-    for group in topology.partition_groups:
-        intra = [g for g in topology.intra_node_groups if set(g) & set(group)]
-        inter = [g for g in topology.inter_node_groups if set(g) & set(group)]
-        assert sorted(chain(*intra)) == sorted(chain(*inter)) == sorted(group)
-        assert all(len(set(a) & set(b)) == 1 for a, b in product(intra, inter))
-        assert len(intra[0]) * len(inter[0]) == p
-    assert all(len({rank // k for rank in g}) == 1 for g in topology.intra_node_groups)
-    assert all(len({rank // k for rank in g}) == len(g) for g in topology.inter_node_groups)
-    assert all(len({rank % k for rank in g}) == 1 for g in topology.inter_node_groups)
-    assert topology.spans_nodes == (len(topology.inter_node_groups[0]) > 1)
+def test_each_group_lies_evenly_on_its_nodes(topology: Topology) -> None:
+    """Tuples are nodes, places in them local ranks; read one after the other they are the group again."""
+    k = topology.ranks_per_node
+    for group in (*topology.partition_groups, *topology.replication_groups):
+        by_node = topology.by_node(group)
+        assert tuple(chain(*by_node)) == group
+        nodes = [{rank // k for rank in ranks} for ranks in by_node]
+        assert [len(each) for each in nodes] == [1] * len(by_node)
+        assert len(set().union(*nodes)) == len(by_node)
+        for same_place in zip(*by_node, strict=True):
+            assert len({rank % k for rank in same_place}) == 1
+    assert topology.spans_nodes == (len(topology.by_node(topology.partition_groups[0])) > 1)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 150))
@@ -88,8 +83,9 @@ def test_two_nodes_of_four_by_hand() -> None:
     topology = Topology(world_size=8, ranks_per_node=2, partition_size=4)
     assert topology.partition_groups == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert topology.replication_groups == ((0, 4), (1, 5), (2, 6), (3, 7))
-    assert topology.intra_node_groups == ((0, 1), (2, 3), (4, 5), (6, 7))
-    assert topology.inter_node_groups == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert topology.by_node((4, 5, 6, 7)) == ((4, 5), (6, 7))
+    assert topology.by_node((1, 5)) == ((1,), (5,))
+    assert Topology(world_size=8, ranks_per_node=4, partition_size=2).by_node((1, 3, 5, 7)) == ((1, 3), (5, 7))
     assert (topology.nodes, topology.replicas, topology.spans_nodes) == (4, 2, True)
     assert str(topology) == "8 ranks on 4 nodes of 2: 2 partition groups of 4"
     assert str(Topology(1, 1, 1)) == "1 rank on 1 node of 1: 1 partition group of 1"
@@ -151,7 +147,7 @@ def test_numbers_are_positive_integers(name: str, bad: object) -> None:
 @pytest.mark.parametrize("rank", [-1, 8])
 def test_a_rank_outside_the_world(rank: int) -> None:
     topology = Topology(8, 4, 4)
-    for ask in (topology.shard_of, topology.replica_of):
+    for ask in (topology.shard_of, topology.replica_of, lambda each: topology.by_node([each])):
         with pytest.raises(ValueError, match=rf"rank={rank} is not in world_size=8; ranks are 0\.\.7"):
             ask(rank)
 
@@ -213,11 +209,6 @@ def test_thousands_of_ranks_take_no_time(world_size: int) -> None:
     began = time.perf_counter()
     for size in allowed_partition_sizes(world_size, 8):
         topology = Topology(world_size, 8, size)
-        groups = (
-            topology.partition_groups,
-            topology.replication_groups,
-            topology.intra_node_groups,
-            topology.inter_node_groups,
-        )
-        assert all(sum(map(len, kind)) == world_size for kind in groups)
+        for kind in (topology.partition_groups, topology.replication_groups):
+            assert sum(len(ranks) for group in kind for ranks in topology.by_node(group)) == world_size
     assert time.perf_counter() - began < 1
