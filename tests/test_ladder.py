@@ -26,7 +26,9 @@ def test_the_rung_without_a_name_is_two_hop() -> None:
     assert str(Rung()) == "block/sharded"
 
 
-@pytest.mark.parametrize("name", ["", "block", "whole/block", "Window/whole", "window/whole ", None, 3, ["block/whole"]])
+@pytest.mark.parametrize(
+    "name", ["", "block", "whole/block", "Window/whole", "window/whole ", None, 3, ["block/whole"]]
+)
 def test_a_rung_that_is_none_is_refused(name: object) -> None:
     with pytest.raises(ValueError) as refused:
         Rung.parse(name)  # type: ignore[arg-type]
