@@ -23,10 +23,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import typer
-from typing_extensions import Self
 
 WIRE = "wire"
 """The interface that joins a node to the others."""
@@ -127,7 +126,7 @@ def mac_of(node: int) -> str:
 class VirtualCluster:
     """`nodes` nodes of `ranks_per_node` ranks each, joined by links. A context manager; it stands while it is entered.
 
-    While it stands, SIGTERM ends the owner by an exception (in the main thread), so that the cluster is taken down; what
+    While it stands, SIGTERM ends the owner by an exception (in the main thread), so that the cluster is taken down. What
     an owner left behind that was killed outright is swept when the next cluster is entered.
 
     Args:

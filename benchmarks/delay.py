@@ -35,7 +35,8 @@ def forward(ports: list[socket.socket], delay: float, stop: int) -> None:
     waiting: deque[tuple[float, int, bytes]] = deque()
     while True:
         patience = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
-        readable, _, _ = select.select([*ports, stop], [], [], patience)
+        sources: list[socket.socket | int] = [*ports, stop]
+        readable, _, _ = select.select(sources, [], [], patience)
         if stop in readable:
             return
         for index, port in enumerate(ports):
