@@ -1,10 +1,11 @@
-"""Where Lightning itself draws a line: what it refuses is refused before training, what it changes is followed."""
+"""What Lightning decides: what it refuses is refused before training, what it asks for or changes is followed."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -50,3 +51,44 @@ def _sixteen_mixed() -> list[torch.dtype | None]:
 def test_parameters_travel_in_the_16_bits_that_lightning_computes_in() -> None:
     """On a CPU it takes bf16 for "16-mixed"; a plugin that is given is left as it is."""
     assert run_ranks(2, _sixteen_mixed)[0] == [torch.bfloat16, torch.float16]
+
+
+# -- accumulation ------------------------------------------------------------------------------------------------------
+
+
+class Watches(Toy):
+    """After each backward, notes whether the gradients are those of the other replicas."""
+
+    def on_train_start(self) -> None:
+        self.same: list[bool] = []
+
+    def on_after_backward(self) -> None:
+        group = self.trainer.strategy.mics.groups.replication_group  # type: ignore[attr-defined]
+        mine = self.leave.bias.grad.to_local()  # type: ignore[union-attr]
+        all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(all_of_them, mine, group=group)
+        self.same.append(all(torch.equal(other, mine) for other in all_of_them))
+
+
+class WatchesManually(Watches):
+    automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer, boundary = self.optimizers(), batch_idx in (3, 5)
+        with optimizer.toggle_model(sync_grad=boundary):
+            self.manual_backward(self.loss(batch))
+        if boundary:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def _same(module: type[Watches], window: int) -> list[bool]:
+    watches = seeded(module)
+    trainer(mics(1), accumulate_grad_batches=window).fit(watches, Batches(6))
+    return watches.same
+
+
+@pytest.mark.parametrize(("module", "window"), [(Watches, 4), (WatchesManually, 1)])
+def test_replicas_meet_where_lightning_says_so_and_nowhere_else(module: type[Watches], window: int) -> None:
+    """At each fourth batch and at the last; averaging more often gives the same numbers, for more bytes."""
+    assert run_ranks(2, _same, module, window) == [[False, False, False, True, False, True]] * 2
