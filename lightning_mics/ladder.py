@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+AUTO = "auto"
+"""Instead of a rung's name: the fastest that fits."""
+
 
 class Parameters(StrEnum):
     """How long a block's parameters stay gathered."""
@@ -64,7 +67,9 @@ class Rung:
             return rung
         by_name = {str(each): each for each in RUNGS}
         if not isinstance(rung, str) or rung not in by_name:
-            raise ValueError(f"rung={rung!r} is not on the memory ladder; choose one of {', '.join(by_name)}")
+            raise ValueError(
+                f"rung={rung!r} is not on the memory ladder; choose one of {', '.join(by_name)}, or {AUTO!r}"
+            )
         return by_name[rung]
 
     def gathers(self, window: int) -> tuple[int, int]:
@@ -86,3 +91,62 @@ class Rung:
 
 
 RUNGS = tuple(Rung(parameters, gradients) for parameters in Parameters for gradients in Gradients)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Bytes of one block, or of what lies outside the blocks, while it is whole.
+
+    Attributes:
+        parameters: as they are gathered.
+        gradients: as a backward makes them.
+        sums: gradients as they are summed.
+    """
+
+    parameters: int
+    gradients: int
+    sums: int
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """What a rank holds of a sharded model.
+
+    Attributes:
+        shards: parameters and the window's gradients, in shards.
+        blocks: in order of execution.
+        outside: what lies outside the blocks.
+    """
+
+    shards: int
+    blocks: tuple[Whole, ...]
+    outside: Whole
+
+    def peak(self, rung: Rung) -> int:
+        """The most bytes that a rank holds at once in a window: shards, and whatever is whole, without activations.
+
+        The optimizer's state comes on top. Below stand a backward's two moments at each block: it computes, while the
+        block behind it is on its way and the gradients of the one before are; and it hands its gradients over.
+        """
+        everything = sum(block.parameters for block in self.blocks)
+        held = sum(block.sums for block in self.blocks) if rung.gradients == Gradients.WHOLE else 0
+        most = 0
+        ahead = 0  # gradients of the block before, under way
+        for index in reversed(range(len(self.blocks))):
+            block, behind = self.blocks[index], self.blocks[index - 1].parameters if index else 0
+            match rung.parameters:
+                case Parameters.BLOCK:
+                    gathered, after = block.parameters + behind, behind
+                case Parameters.MICRO_STEP:
+                    gathered = sum(each.parameters for each in self.blocks[: index + 1])
+                    after = gathered - block.parameters
+                case Parameters.WINDOW:
+                    gathered = after = everything
+            most = max(most, gathered + block.gradients + ahead, after + block.gradients + block.sums)
+            ahead = block.sums if rung.gradients == Gradients.SHARDED else 0
+        kept = everything if rung.parameters == Parameters.WINDOW else 0
+        outside = self.outside.parameters + self.outside.gradients
+        if rung.gradients == Gradients.WHOLE:
+            held += self.outside.sums
+        last = kept + self.outside.gradients + self.outside.sums
+        return self.shards + held + max(most + outside, last)

@@ -11,6 +11,7 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,10 +25,11 @@ from lightning_mics._compat import in_backward, reduce_unused_params, reset_iter
 from lightning_mics.block_order import BlockOrder
 from lightning_mics.blocks import Block, BlockChoice, class_of, find_blocks, has_parameters
 from lightning_mics.channels import channel_for
+from lightning_mics.climb import Budget, Climb
 from lightning_mics.collectives import collectives_for
-from lightning_mics.comms import BlockGather, HopOne
+from lightning_mics.comms import BlockGather, HopOne, padded_numel
 from lightning_mics.groups import Groups
-from lightning_mics.ladder import Parameters, Rung
+from lightning_mics.ladder import AUTO, ModelBytes, Parameters, Rung, Whole
 from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
 from lightning_mics.network import Network, Tier
 from lightning_mics.two_hop import Bucket, HopTwo, Window
@@ -74,6 +76,11 @@ class WireBytes:
     hop_1: int
     hop_2: int
 
+    @property
+    def in_partition_group(self) -> int:
+        """Gathers and hop 1."""
+        return self.gather + self.hop_1
+
 
 class MiCSModule(nn.Module):
     """The sharded root: a module together with its topology, its groups and its window. Made by `shard`.
@@ -81,13 +88,12 @@ class MiCSModule(nn.Module):
     Calling it calls the module, gathering each block's parameters from the partition group on the way.
     """
 
-    def __init__(self, module: nn.Module, groups: Groups, precision: Precision, rung: Rung) -> None:
+    def __init__(self, module: nn.Module, groups: Groups, precision: Precision) -> None:
         super().__init__()
         self.module = module
         self.tied_across_blocks = nn.ParameterList()
         self.groups = groups
         self.precision = precision
-        self.rung = rung
         self.gathers: dict[nn.Module, BlockGather] = {}
         self.hops_1: dict[nn.Module, HopOne] = {}
         self.hop_2: HopTwo | None = None
@@ -111,6 +117,26 @@ class MiCSModule(nn.Module):
         self._has_run = True
         with self.order.forward() as finish:
             return finish(self.module(*args, **kwargs))
+
+    @property
+    def rung(self) -> Rung:
+        """What stays whole in memory; "auto" changes it between windows."""
+        return self.window.rung
+
+    def set_rung(self, rung: Rung | str, memory_budget: int | float = 0.9) -> None:
+        """Go on from another rung, between windows; see `shard`.
+
+        Raises:
+            ValueError: if there is no such rung, or no such budget.
+        """
+        budget, climbs = Budget(memory_budget), rung == AUTO
+        self.window.take(Rung() if climbs else Rung.parse(rung))
+        self.window.climb = None
+        if climbs:
+            room = budget.bytes(self.groups.device, self.groups.topology.ranks_per_node)
+            self.window.climb = Climb(
+                room, self.groups.device, self.bytes_held(), lambda r, w: self.wire_bytes(w, r).in_partition_group
+            )
 
     @property
     def one_backward(self) -> bool:
@@ -170,14 +196,15 @@ class MiCSModule(nn.Module):
         if buffers and self.groups.topology.world_size > 1:
             broadcast_from_rank_zero(buffers)
 
-    def wire_bytes(self, window: int) -> WireBytes:
+    def wire_bytes(self, window: int, rung: Rung | None = None) -> WireBytes:
         """What one rank sends in an optimizer step of `window` micro-steps.
 
         Of a block's gathered bytes B, (p-1)/p for each gather and each reduce-scatter of the rung, and 2(r-1)/r of a
         shard for hop 2; over one tier or two, the sum is the same.
         """
         p, r = self.groups.topology.partition_size, self.groups.topology.replicas
-        of_block, outside = self.rung.gathers(window)
+        rung = rung or self.rung
+        of_block, outside = rung.gathers(window)
         gather = hop_1 = hop_2 = 0.0
         for bucket in self.window.buckets:
             for param in bucket.parameters:
@@ -186,9 +213,28 @@ class MiCSModule(nn.Module):
                 times = outside if bucket.block is None else of_block
                 gather += times * param.numel() * travels * (p - 1) / p
                 if param.requires_grad:
-                    hop_1 += self.rung.reduce_scatters(window) * param.numel() * sums * (p - 1) / p
+                    hop_1 += rung.reduce_scatters(window) * param.numel() * sums * (p - 1) / p
                     hop_2 += 2 * (r - 1) / r * param.numel() / p * max(sums, param.dtype.itemsize)
         return WireBytes(gather=int(gather), hop_1=int(hop_1), hop_2=int(hop_2))
+
+    def bytes_held(self) -> ModelBytes:
+        """What a rank holds of the model, on whatever rung."""
+        p = self.groups.topology.partition_size
+        wholes, shards = [], 0
+        for bucket in self.window.buckets:
+            parameters = gradients = sums = 0
+            for param in bucket.parameters:
+                room, travels = p * padded_numel(param, p), self.precision.param_dtype or param.dtype
+                parameters += room * travels.itemsize
+                shards += room // p * param.itemsize
+                if param.requires_grad:
+                    summed = self.precision.sum_dtype(param.dtype).itemsize
+                    gradients += param.numel() * travels.itemsize
+                    sums += room * summed
+                    shards += room // p * max(summed, param.itemsize)
+            wholes.append(Whole(parameters, gradients, sums))
+        *blocks, outside = wholes
+        return ModelBytes(shards, tuple(reversed(blocks)), outside)
 
     def describe(self) -> str:
         """The choice of blocks, for people."""
@@ -214,6 +260,7 @@ def shard(
     compile: Mapping[str, Any] | None = None,
     precision: Precision = Precision(),
     rung: Rung | str = "block/sharded",
+    memory_budget: int | float = 0.9,
     network: Network | None = None,
 ) -> MiCSModule:
     """Shard `module` over its partition group, in place, with hop 2 over the replication group.
@@ -227,7 +274,9 @@ def shard(
         activation_checkpointing: recompute each block's forward in backward instead of keeping its activations.
         compile: arguments of `torch.compile`, with which each block's forward is compiled; None leaves it as it is.
         precision: dtypes on the wire.
-        rung: what stays whole in memory, as "block/sharded"; see `Rung`.
+        rung: what stays whole in memory, as "block/sharded"; see `Rung`. "auto" takes the fastest that fits the
+            budget, from the second window on; see `Climb`.
+        memory_budget: for "auto": bytes (an int) or a share of the device's memory (a float).
         network: what the two tiers can do, the same on every rank; by default `Network.default`.
 
     Returns:
@@ -237,11 +286,13 @@ def shard(
         ValueError: on every rank before any collective, for a scalar parameter, a block of mixed dtypes, or a module
             that is sharded over other ranks already.
     """
-    rung = Rung.parse(rung)
+    if rung != AUTO:
+        rung = Rung.parse(rung)
+    Budget(memory_budget)
     _check_no_scalars(module)
     found = find_blocks(module, blocks) if has_parameters(module) else ()
     _check_sharded_by_user(module, groups)
-    root = MiCSModule(module, groups, precision, rung)
+    root = MiCSModule(module, groups, precision)
     slots = _slots_by_owner(root, found)
     _check_dtypes(slots)
 
@@ -254,7 +305,7 @@ def shard(
             _checkpoint_activations(block.module)
         if compile is not None:  # the forward alone: hooks, which gather, stay outside the graph
             block.module.forward = torch.compile(block.module.forward, **compile)  # type: ignore[method-assign]
-        _shard_block(block.module, slots[block.name], groups, precision, rung)
+        _shard_block(block.module, slots[block.name], groups, precision)
     policy = _policy(precision, _parameters_at(slots[""]))
     fully_shard(root, mesh=groups.partition_mesh, mp_policy=policy)
     register_fsdp_forward_method(root, "as_output")
@@ -263,10 +314,11 @@ def shard(
     root.blocks = found
     _install_comms(root, network or Network.default(groups.topology.ranks_per_node, groups.device.type))
     _install_window(root, slots)
+    root.set_rung(rung, memory_budget)
     return root
 
 
-def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precision: Precision, rung: Rung) -> None:
+def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precision: Precision) -> None:
     if isinstance(module, FSDPModule):
         return
     own = _parameters_at(slots)
@@ -275,7 +327,7 @@ def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precisio
         module,
         mesh=groups.partition_mesh,
         mp_policy=_policy(precision, own),
-        reshard_after_forward=rung.parameters == Parameters.BLOCK,
+        reshard_after_forward=True,
         ignored_params=ignored or None,
     )
 
@@ -320,6 +372,11 @@ def _install_comms(root: MiCSModule, network: Network) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
+def _reshard_blocks_after_forward(blocks: Sequence[Block], rung: Rung) -> None:
+    for block in blocks:
+        block.module.set_reshard_after_forward(rung.parameters == Parameters.BLOCK, recurse=False)  # type: ignore[operator]
+
+
 def _agreed(network: Network, device: torch.device) -> Network:
     """Rank 0's, so that all ranks choose the same way for each message."""
     tiers = [network.intra.latency, network.intra.bandwidth, network.inter.latency, network.inter.bandwidth]
@@ -351,7 +408,7 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
         root.hop_2,
         root.order,
         Usage({module: slots[name] for name, module in gathering.items()}),
-        rung=root.rung,
+        on_rung=partial(_reshard_blocks_after_forward, root.blocks),
         reshard_after_backward=root.set_reshard_after_backward,  # type: ignore[arg-type]
         sum_dtype=root.precision.sum_dtype(widest),
     )

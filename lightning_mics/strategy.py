@@ -34,8 +34,9 @@ from lightning_mics.checkpoint import (
     load_whole_state_dict,
     optimizer_state_by_name,
 )
+from lightning_mics.climb import Budget
 from lightning_mics.groups import Groups
-from lightning_mics.ladder import Rung
+from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.sharding import MiCSModule, Precision, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
@@ -74,7 +75,10 @@ class MiCSStrategyMixin(_Base):
             under "16-mixed" and "bf16-mixed" (shards stay fp32), otherwise the parameters' own.
         reduce_dtype: dtype of hop 1 and of the window's sums. By default fp32, or wider where the parameters are.
         rung: what stays whole in memory instead of being moved again, "<parameters>/<gradients>": parameters for a
-            `block`, a `micro_step` or the `window`; gradients `sharded`, or `whole` until the boundary.
+            `block`, a `micro_step` or the `window`; gradients `sharded`, or `whole` until the boundary. "auto" takes
+            the fastest that fits `memory_budget`, from the second window on.
+        memory_budget: for "auto": bytes (an int), or a share of the device's memory (a float); on CPU, of an equal part
+            of the node's.
         network: what the cluster's two tiers can do, from `mics probe`: the path of its file, or a `Network`.
         process_group_backend: "nccl", "gloo", ...; by default that of the device.
         timeout: of the process groups. By default torch's.
@@ -98,6 +102,7 @@ class MiCSStrategyMixin(_Base):
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         rung: Rung | str = "block/sharded",
+        memory_budget: int | float = 0.9,
         network: Network | str | Path | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -111,7 +116,8 @@ class MiCSStrategyMixin(_Base):
         self._activation_checkpointing = activation_checkpointing
         self._compile = _compile_arguments(compile)
         self._precision = Precision(param_dtype, reduce_dtype)
-        self._rung = Rung.parse(rung)
+        self._rung = rung if rung == AUTO else Rung.parse(rung)
+        self._memory_budget = Budget(memory_budget).amount
         self._network = Network.load(network) if isinstance(network, str | Path) else network
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -235,15 +241,15 @@ class MiCSStrategyMixin(_Base):
                 activation_checkpointing=self._activation_checkpointing,
                 compile=self._compile,
                 precision=precision,
-                rung=self._rung,
                 network=self._network,
             )
             # Not a submodule: a second Trainer finds the module sharded, and its state dict is as it was.
             model.__dict__[_SHARDED] = sharded
         else:
-            _check_sharded_alike(sharded, self._groups.topology, precision, self._rung)
+            _check_sharded_alike(sharded, self._groups.topology, precision)
         sharded.window.drop()
         sharded.release()
+        sharded.set_rung(self._rung, self._memory_budget)
         sharded.one_backward = bool(getattr(model, "automatic_optimization", True))
         return sharded  # type: ignore[no-any-return]
 
@@ -451,12 +457,11 @@ def _compile_arguments(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] |
     raise TypeError(f"compile={compile!r} must be True, False or a mapping of torch.compile's arguments")
 
 
-def _check_sharded_alike(sharded: MiCSModule, topology: Topology, precision: Precision, rung: Rung) -> None:
-    was, now = (sharded.groups.topology, sharded.precision, sharded.rung), (topology, precision, rung)
-    if was != now:
+def _check_sharded_alike(sharded: MiCSModule, topology: Topology, precision: Precision) -> None:
+    if (sharded.groups.topology, sharded.precision) != (topology, precision):
         raise ValueError(
-            f"the model is sharded already, for {', '.join(map(str, was))}, and this Trainer runs "
-            f"{', '.join(map(str, now))}; build a new model, or keep partition_size, precision and rung"
+            f"the model is sharded already, for {sharded.groups.topology} and {sharded.precision}, and this Trainer "
+            f"runs {topology} and {precision}; build a new model, or keep partition_size and precision"
         )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_mics._compat import allow_wide_gradients
 from lightning_mics.block_order import BlockOrder
 from lightning_mics.channels import Channel, Transfer
+from lightning_mics.climb import Climb
 from lightning_mics.collectives import Collectives
 from lightning_mics.comms import HopOne, padded_numel
 from lightning_mics.groups import Groups
@@ -78,7 +79,7 @@ class Window:
         hop_2: None where there is one replica, and no hop 2.
         order: tells how often a block was called, and hence when its gradient is complete.
         usage: tells which parameters got a gradient on this rank.
-        rung: what stays whole until the boundary.
+        on_rung: tells the engine when the rung changes.
         reshard_after_backward: tells the engine whether parameters are to be freed behind the coming backward.
         sum_dtype: the window's sums are kept in this dtype where the parameter's own is narrower.
     """
@@ -91,7 +92,7 @@ class Window:
         order: BlockOrder,
         usage: Usage,
         *,
-        rung: Rung,
+        on_rung: Callable[[Rung], None],
         reshard_after_backward: Callable[[bool], None],
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -108,10 +109,16 @@ class Window:
         self._hop_2 = hop_2
         self._order = order
         self._usage = usage
-        self._rung = rung
+        self.rung = Rung()
+        """What stays whole until the boundary."""
+        self.climb: Climb | None = None
+        """Chooses another rung between windows, if anything does."""
+        self._on_rung = on_rung
         self._reshard_after_backward = reshard_after_backward
         self._sum_dtype = sum_dtype
         self._key: object = None
+        self._micro_steps = 0
+        self._near_budget: Tensor | None = None
         self._stale = False
         self._hop_1_only = False
         self._overlapping = False
@@ -132,8 +139,19 @@ class Window:
         Args:
             key: anything that differs from window to window, and is the same for the micro-steps of one.
         """
-        if key != self._key:
-            self._key, self._stale = key, True
+        if key == self._key:
+            return
+        self._key, self._stale = key, True
+        if self.climb is not None:
+            near = float(self._near_budget) if self._near_budget is not None else 0.0
+            self.take(self.climb.window_begins(self.rung, self._micro_steps, near))
+        self._micro_steps, self._near_budget = 0, None
+
+    def take(self, rung: Rung) -> None:
+        """Go on from another rung. Between windows only."""
+        if rung != self.rung:
+            self.rung = rung
+            self._on_rung(rung)
 
     @contextmanager
     def hop_1_only(self) -> Iterator[None]:
@@ -148,11 +166,12 @@ class Window:
     def backward(self) -> Iterator[None]:
         """Around one backward pass. Its hop 1, and at the boundary hop 2 of every parameter, are over when it exits."""
         self._drop_stale()
+        self._micro_steps += 1
         boundary = not self._hop_1_only
-        if self._rung.parameters == Parameters.WINDOW:
+        if self.rung.parameters == Parameters.WINDOW:
             self._reshard_after_backward(boundary or not self.one_backward)
         for hop_1 in self._hops_1:
-            hop_1.holds = self._rung.gradients == Gradients.WHOLE and not boundary and self.one_backward
+            hop_1.holds = self.rung.gradients == Gradients.WHOLE and not boundary and self.one_backward
         self._complete = False
         self._launched = 0
         self._arrived = [0] * len(self.buckets)
@@ -298,25 +317,30 @@ class Window:
     def _used_in_partition_group(self) -> Tensor | None:
         """On how many ranks of the partition group each parameter got a gradient in this window.
 
-        One all-reduce of four bytes a parameter in the partition group, and one over the replicas. None in manual
-        optimization, where ranks are taken to run the same code.
+        And last, how many came near their memory budget. One all-reduce of four bytes a parameter in the partition
+        group, and one over the replicas. None in manual optimization, where ranks are taken to run the same code.
         """
         if not self.one_backward:
             return None
-        device = self._groups.device
-        used = torch.tensor([self._usage.saw(p) for p in self._parameters()], dtype=torch.float32, device=device)
+        near_budget = self.climb.measured() if self.climb is not None else 0.0
+        used = torch.tensor(
+            [*(float(self._usage.saw(p)) for p in self._parameters()), near_budget],
+            dtype=torch.float32,
+            device=self._groups.device,
+        )
         if self._groups.topology.partition_size > 1:
             dist.all_reduce(used, group=self._groups.partition_group)
         return used
 
     def _clear_unused(self, used: Tensor | None) -> None:
         """A parameter without a gradient on any rank has none, rather than one of zeros: its optimizer skips it."""
+        self._near_budget = used[-1] if used is not None else None
         params = list(self._parameters())
         seen = [self._usage.saw(p) for p in params]
         if all(seen):
             return  # no need to wait for the device
         if used is not None:
-            seen = [count > 0 for count in used.tolist()]
+            seen = [count > 0 for count in used[:-1].tolist()]
         for param, was_seen in zip(params, seen, strict=True):
             if not was_seen:
                 param.grad = None
