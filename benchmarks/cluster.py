@@ -124,9 +124,9 @@ def mac_of(node: int) -> str:
 
 
 class VirtualCluster:
-    """`nodes` nodes of `ranks_per_node` ranks each, joined by links. A context manager; it stands while it is entered.
+    """`nodes` nodes of `ranks_per_node` ranks each, joined by links; it stands while it is entered.
 
-    While it stands, SIGTERM ends the owner by an exception (in the main thread), so that the cluster is taken down. What
+    While it stands, SIGTERM ends the owner by an exception (in the main thread), and the cluster is taken down. What
     an owner left behind that was killed outright is swept when the next cluster is entered.
 
     Args:

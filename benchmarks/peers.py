@@ -1,0 +1,238 @@
+"""The peers: each way to train one model on many ranks, behind the same two methods.
+
+All start from the same values and take the same batches, in fp32 with AdamW, and differ only in what they shard and in
+when they synchronise. `PEERS` names them; what a peer is may depend on the topology, and where it is nothing of its
+own (a hybrid with one replica, say) it is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.model import blocks_of, build, loss_of, optimizer_of
+from lightning_mics.groups import Groups
+from lightning_mics.ladder import RUNGS, Gradients, Parameters, Rung
+from lightning_mics.sharding import shard
+from lightning_mics.topology import Topology
+
+
+class Peer(Protocol):
+    """A model, its optimizer and its way to synchronise, on this rank."""
+
+    def step(self, batches: Sequence[Tensor]) -> float:
+        """One optimizer step over a window of micro-steps; the mean of this rank's losses, in nats."""
+        ...
+
+    def close(self) -> None:
+        """Give back what outlives the object."""
+        ...
+
+
+class _Loop:
+    """A plain training loop; subclasses say what happens around each micro-step.
+
+    Args:
+        model: called for the loss.
+        parameters: of the optimizer; by default the model's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizer = optimizer_of(model.parameters())
+
+    def step(self, batches: Sequence[Tensor]) -> float:
+        total = 0.0
+        for index, ids in enumerate(batches):
+            with self.micro_step(boundary=index == len(batches) - 1):
+                loss = loss_of(self.model, ids)
+                (loss / len(batches)).backward()
+            total += loss.item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total / len(batches)
+
+    def micro_step(self, boundary: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def close(self) -> None:
+        pass
+
+
+class Alone(_Loop):
+    """No communication: what computing costs while all ranks share the machine. Each rank's losses go their own way."""
+
+    def __init__(self) -> None:
+        super().__init__(build())
+
+
+class DDP(_Loop):
+    """`DistributedDataParallel`, which reduces at the boundary only."""
+
+    def __init__(self) -> None:
+        super().__init__(DistributedDataParallel(build()))
+
+    def micro_step(self, boundary: bool) -> AbstractContextManager[Any]:
+        assert isinstance(self.model, DistributedDataParallel)
+        return nullcontext() if boundary else self.model.no_sync()
+
+
+class FSDP2(_Loop):
+    """`fully_shard` by its public switches.
+
+    Args:
+        mesh: one axis to shard over, or ("replicate", "shard").
+        rung: which of FSDP2's own switches keep what whole.
+        hop_2_every_micro_step: all-reduce between replicas in each micro-step, as it does by itself.
+    """
+
+    def __init__(self, mesh: DeviceMesh, rung: Rung, *, hop_2_every_micro_step: bool = False) -> None:
+        model = build()
+        keep = rung.parameters != Parameters.BLOCK
+        for block in blocks_of(model):
+            fully_shard(block, mesh=mesh, reshard_after_forward=not keep)
+        fully_shard(model, mesh=mesh)
+        super().__init__(model)
+        self._rung = rung
+        self._two_hop = mesh.ndim > 1 and not hop_2_every_micro_step
+
+    def micro_step(self, boundary: bool) -> AbstractContextManager[Any]:
+        assert isinstance(self.model, FSDPModule)
+        if self._rung.gradients == Gradients.WHOLE:
+            self.model.set_requires_gradient_sync(boundary)
+        elif self._two_hop:
+            self.model.set_requires_all_reduce(boundary)
+        if self._rung.parameters == Parameters.WINDOW:
+            self.model.set_reshard_after_backward(boundary)
+        return nullcontext()
+
+
+class MiCS(_Loop):
+    """lightning-mics without a Trainer.
+
+    Args:
+        topology: of the partition groups.
+        rung: of the memory ladder.
+    """
+
+    def __init__(self, topology: Topology, rung: Rung) -> None:
+        root = shard(build(), Groups.create(topology, "cpu"), rung=rung)
+        root.one_backward = True
+        super().__init__(root)
+        self.root = root
+        self._steps = 0
+
+    def step(self, batches: Sequence[Tensor]) -> float:
+        self._steps += 1
+        self.root.window.begin(self._steps)
+        total = 0.0
+        for index, ids in enumerate(batches):
+            boundary = index == len(batches) - 1
+            with nullcontext() if boundary else self.root.window.hop_1_only():
+                loss = loss_of(self.root, ids)
+                with self.root.window.backward():
+                    (loss / len(batches)).backward()
+            total += loss.item()
+        self.root.window.close()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.root.release()
+        return total / len(batches)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A peer by name.
+
+    Attributes:
+        says: what it is, in a line.
+        make: the peer on a topology in windows of so many micro-steps, made by all ranks together.
+        rung: what it keeps whole.
+        partition_size: over how many ranks it shards, for a topology.
+        applies: whether it is a peer of its own on a topology.
+        missing: why it cannot be made here, or None.
+    """
+
+    says: str
+    make: Callable[[Topology, int], Peer]
+    rung: Rung
+    partition_size: Callable[[Topology], int] = lambda topology: topology.partition_size
+    applies: Callable[[Topology], bool] = lambda topology: True
+    missing: Callable[[], str | None] = lambda: None
+
+    def bound_topology(self, topology: Topology) -> Topology:
+        """The topology that the peer really has, whatever partition size was asked for."""
+        return Topology(topology.world_size, topology.ranks_per_node, self.partition_size(topology))
+
+
+def all_ranks(topology: Topology) -> int:
+    """p = n."""
+    return topology.world_size
+
+
+def one_rank(topology: Topology) -> int:
+    """p = 1."""
+    return 1
+
+
+def is_hybrid(topology: Topology) -> bool:
+    """Whether there are both replicas and shards."""
+    return 1 < topology.partition_size < topology.world_size
+
+
+def _is_sharded(topology: Topology) -> bool:
+    return topology.partition_size > 1
+
+
+def mesh_of(topology: Topology) -> DeviceMesh:
+    """FSDP2's mesh: one axis where there is one replica, two otherwise. Collective."""
+    n, p = topology.world_size, topology.partition_size
+    if p == n:
+        return init_device_mesh("cpu", (n,), mesh_dim_names=("shard",))
+    return init_device_mesh("cpu", (n // p, p), mesh_dim_names=("replicate", "shard"))
+
+
+def _zero3(rung: Rung, topology: Topology, window: int) -> Peer:
+    n = dist.get_world_size()
+    return FSDP2(mesh_of(Topology(n, topology.ranks_per_node, n)), rung)
+
+
+def _fsdp2(rung: Rung, topology: Topology, window: int) -> Peer:
+    return FSDP2(mesh_of(topology), rung)
+
+
+def _hsdp_every(topology: Topology, window: int) -> Peer:
+    return FSDP2(mesh_of(topology), Rung(), hop_2_every_micro_step=True)
+
+
+_KEEP = Rung(Parameters.MICRO_STEP)
+_WHOLE = Rung(Parameters.WINDOW, Gradients.WHOLE)
+
+PEERS: dict[str, Entry] = {
+    "alone": Entry("no communication: computing alone", lambda t, w: Alone(), _WHOLE, one_rank),
+    "ddp": Entry("DistributedDataParallel", lambda t, w: DDP(), _WHOLE, one_rank),
+    "zero3": Entry("FSDP2 over all ranks", partial(_zero3, Rung()), Rung(), all_ranks),
+    "zero3-keep": Entry("FSDP2 over all ranks, reshard_after_forward=False", partial(_zero3, _KEEP), _KEEP, all_ranks),
+    "hsdp-every": Entry("FSDP2 hybrid, all-reduce in each micro-step", _hsdp_every, Rung(), applies=is_hybrid),
+}
+for _rung in RUNGS:
+    PEERS[f"fsdp2:{_rung}"] = Entry(
+        f"FSDP2 at the same p by its public switches, {_rung}",
+        partial(_fsdp2, _rung),
+        _rung,
+        # Over all ranks, the first two are called zero3.
+        applies=is_hybrid if _rung in (Rung(), _KEEP) else _is_sharded,
+    )
+for _rung in RUNGS:
+    PEERS[f"mics:{_rung}"] = Entry(
+        f"lightning-mics, {_rung}", lambda t, w, rung=_rung: MiCS(t, rung), _rung, applies=_is_sharded
+    )

@@ -1,0 +1,212 @@
+"""What runs on each rank of the virtual cluster: peers side by side in time, or one by one for their memory.
+
+Started by `benchmarks.wire` under torchrun with a plan (JSON) and the file to write rows to (rank 0).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.bound import bytes_leaving_a_node
+from benchmarks.cluster import bytes_sent
+from benchmarks.model import batches, build, size_of
+from benchmarks.peers import PEERS, Peer
+from benchmarks.results import Row
+from lightning_mics.topology import Topology
+
+LOSS_TOLERANCE = 2e-5
+"""Relative; fp32 sums in another order, over a few AdamW steps."""
+_REFERENCES = ("ddp", "zero3")
+_UNLIKE_OTHERS = ("alone",)
+_MICRO_STEPS_FOR_MEMORY = 2  # from the second on, a window holds what it ever will
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure on one cluster.
+
+    Attributes:
+        link: as `str(Link)`, for the rows.
+        nodes: number of nodes.
+        ranks_per_node: k.
+        cases: pairs of partition size and window.
+        peers: names.
+        repetitions: optimizer steps that count, after one that does not.
+        memory: whether to measure memory instead of time.
+    """
+
+    link: str
+    nodes: int
+    ranks_per_node: int
+    cases: list[tuple[int, int]]
+    peers: list[str]
+    repetitions: int
+    memory: bool = False
+
+    def topology(self, partition_size: int) -> Topology:
+        """That of a case."""
+        return Topology(self.nodes * self.ranks_per_node, self.ranks_per_node, partition_size)
+
+    def names(self, topology: Topology) -> list[str]:
+        """The peers that are something of their own on a topology."""
+        return [name for name in self.peers if PEERS[name].applies(topology)]
+
+    def row(self, name: str, topology: Topology, window: int) -> Row:
+        """A row without measurements."""
+        peer = PEERS[name]
+        # Computing alone sends nothing, and nothing has to be sent.
+        bound = bytes_leaving_a_node(size_of(build()), peer.bound_topology(topology), window, peer.rung)
+        p = topology.partition_size
+        bound = 0.0 if name in _UNLIKE_OTHERS else bound
+        return Row(self.link, self.nodes, self.ranks_per_node, p, window, name, str(peer.rung), bound)
+
+
+class LossesDiffer(RuntimeError):
+    """A peer trained something else, so that its times mean nothing."""
+
+
+def check_losses(rows: Sequence[Row], tolerance: float = LOSS_TOLERANCE) -> None:
+    """Hold every peer's losses against one peer's (DDP where it takes part).
+
+    Raises:
+        LossesDiffer: naming the first peer and step that are further than `tolerance` (relative) away.
+    """
+    comparable = {row.peer: row for row in rows if row.peer not in _UNLIKE_OTHERS}
+    if not comparable:
+        return
+    reference = next((comparable[name] for name in _REFERENCES if name in comparable), next(iter(comparable.values())))
+    for row in comparable.values():
+        for step, (loss, expected) in enumerate(zip(row.losses, reference.losses, strict=True)):
+            if not abs(loss - expected) <= tolerance * abs(expected):
+                raise LossesDiffer(
+                    f"{row.peer} at p={row.partition_size}, window {row.window}: its loss {loss:.7f} in step {step} is "
+                    f"not {reference.peer}'s {expected:.7f} (tolerance {tolerance:g}); no time is reported"
+                )
+
+
+def time_case(plan: Plan, partition_size: int, window: int) -> list[Row]:
+    """All peers of a case, one optimizer step each in turn, over and over; the turn begins with another each time."""
+    topology = plan.topology(partition_size)
+    rows = [plan.row(name, topology, window) for name in plan.names(topology)]
+    peers = [PEERS[row.peer].make(topology, window) for row in rows]
+    for step in range(1 + plan.repetitions):
+        for turn in range(len(rows)):
+            index = (turn + step) % len(rows)
+            _one_step(plan, rows[index], peers[index], step)
+    for peer in peers:
+        peer.close()
+    check_losses(rows)
+    return rows
+
+
+def _one_step(plan: Plan, row: Row, peer: Peer, step: int) -> None:
+    data = batches(step, dist.get_rank(), row.window)
+    gc.collect()
+    dist.barrier()
+    before = bytes_sent()
+    dist.barrier()
+    start = time.perf_counter()
+    loss = peer.step(data)
+    seconds = time.perf_counter() - start
+    dist.barrier()
+    told = [seconds, loss, float(bytes_sent() - before)]
+    everyone = torch.empty(dist.get_world_size(), len(told), dtype=torch.float64)
+    dist.all_gather_into_tensor(everyone, torch.tensor([told], dtype=torch.float64))
+    row.losses.append(everyone[:, 1].mean().item())
+    if step:  # the first one warms up
+        row.seconds.append(everyone[:, 0].max().item())
+        row.sent.append([int(count) for count in everyone[:: plan.ranks_per_node, 2]])
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def weigh_case(plan: Plan, partition_size: int, window: int) -> list[Row]:
+    """The peers of a case, one alive at a time: what the process grows by, from before it is made to its peak.
+
+    The peak is the kernel's own (VmHWM), reset when the first step, in which the optimizer makes its state, is over.
+    """
+    topology = plan.topology(partition_size)
+    micro_steps = min(window, _MICRO_STEPS_FOR_MEMORY)
+    rows = []
+    for name in plan.names(topology):
+        before = _resident()
+        peer = PEERS[name].make(topology, micro_steps)
+        losses = [peer.step(batches(0, dist.get_rank(), micro_steps))]
+        with _high_water() as peak:
+            losses.append(peer.step(batches(1, dist.get_rank(), micro_steps)))
+        most = torch.tensor(peak[0] - before)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        rows.append(_weighed(plan.row(name, topology, window), int(most), losses))
+        peer.close()
+        del peer
+    return rows
+
+
+def _weighed(row: Row, peak_memory: int, losses: list[float]) -> Row:
+    return Row(**{**asdict(row), "peak_memory": peak_memory, "losses": losses})
+
+
+@contextmanager
+def _high_water() -> Iterator[list[int]]:
+    """The most bytes that are resident within; in the list when it is over."""
+    peak: list[int] = []
+    _trim()
+    Path("/proc/self/clear_refs").write_text("5")
+    yield peak
+    peak.append(_status("VmHWM"))
+
+
+def _resident() -> int:
+    _trim()
+    return _status("VmRSS")
+
+
+def _trim() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+# -- the process -------------------------------------------------------------------------------------------------------
+
+
+def main(plan_file: str, rows_file: str) -> None:
+    """Measure the plan; rank 0 appends a line of JSON a row, case by case."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    content = json.loads(Path(plan_file).read_text())
+    plan = Plan(**{**content, "cases": [tuple(case) for case in content["cases"]]})
+    if plan.memory:
+        weigh_case(plan, *plan.cases[0])  # what a process loads once is no peer's
+    for case in plan.cases:
+        rows = (weigh_case if plan.memory else time_case)(plan, *case)
+        gc.collect()
+        if dist.get_rank() == 0:
+            with Path(rows_file).open("a") as file:
+                file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter's own end can hang on threads of a process group
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
