@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten  # nested inputs and outputs; torch has no public pytree
 
@@ -20,9 +20,11 @@ __all__ = [
     "HAS_RESET_ITER_STATE",
     "HAS_UNUSED_PARAMS",
     "RESET_METHODS",
+    "all_gather_single",
     "allow_wide_gradients",
     "coalesced",
     "in_backward",
+    "reduce_scatter_single",
     "reduce_unused_params",
     "reset_iter_state",
     "script_launcher",
@@ -65,6 +67,24 @@ def reset_iter_state(root: FSDPModule) -> None:
     """
     if HAS_RESET_ITER_STATE:
         root.reset_iter_state()
+
+
+def all_gather_single(output: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:
+    """torch 2.13 calls `all_gather_into_tensor` so, and deprecates the older name.
+
+    Test: tests/distributed/test_collectives.py.
+    """
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(output, shard, group=group)
+
+
+def reduce_scatter_single(output: Tensor, whole: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:
+    """torch 2.13 calls `reduce_scatter_tensor` so, and deprecates the older name.
+
+    Test: tests/distributed/test_collectives.py.
+    """
+    reduce = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    reduce(output, whole, op=op, group=group)
 
 
 def coalesced(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:

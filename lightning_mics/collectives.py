@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mics._compat import coalesced
+from lightning_mics._compat import all_gather_single, coalesced, reduce_scatter_single
 from lightning_mics.channels import CollectiveError
 from lightning_mics.groups import Tiers
 from lightning_mics.network import Network
@@ -32,18 +33,40 @@ CHUNK_BYTES = 1 << 20
 """What one stage hands to the next at a time: while a chunk crosses, the one before is passed on inside the node."""
 
 
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one rank sends on each tier."""
+
+    intra_node: float
+    inter_node: float
+
+    @property
+    def total(self) -> float:
+        """On both."""
+        return self.intra_node + self.inter_node
+
+    def __add__(self, other: Sent) -> Sent:
+        return Sent(self.intra_node + other.intra_node, self.inter_node + other.inter_node)
+
+    def __mul__(self, times: int) -> Sent:
+        return Sent(self.intra_node * times, self.inter_node * times)
+
+
 class Collectives(ABC):
     """All-gather, reduce-scatter and all-reduce among the ranks of `tiers`, hierarchical where that is faster.
 
     Args:
         tiers: the ranks and their communicators.
         network: tells for each size which way is faster; every rank needs the same.
+        between_nodes: gathers and all-reduces cross between nodes in this dtype where the buffer's is wider. What was
+            gathered from other nodes is rounded to it, and so is what was all-reduced; sums are not.
     """
 
-    def __init__(self, tiers: Tiers, network: Network) -> None:
+    def __init__(self, tiers: Tiers, network: Network, between_nodes: torch.dtype | None = None) -> None:
         self._hierarchical = tiers
         self._flat = tiers.flat()
         self._network = network
+        self._between_nodes = between_nodes
 
     def tiers_for(self, slot_bytes: int) -> Tiers:
         """Both tiers, or all ranks as one where that takes less time for slots of `slot_bytes` bytes."""
@@ -51,11 +74,31 @@ class Collectives(ABC):
         if tiers.nodes == 1 or tiers.per_node == 1:
             return tiers
         hierarchical, flat = self.seconds(slot_bytes)
-        return tiers if hierarchical <= flat else self._flat
+        return tiers if hierarchical <= flat or self._between_nodes is not None else self._flat
 
     @abstractmethod
     def seconds(self, slot_bytes: int) -> tuple[float, float]:
         """How long a gather takes by the network's two lines: hierarchical, flat."""
+
+    def crossing_dtype(self, own: torch.dtype) -> torch.dtype | None:
+        """The dtype in which values of dtype `own` cross between nodes, where that is another."""
+        narrow = self._between_nodes
+        return narrow if narrow is not None and own.is_floating_point and narrow.itemsize < own.itemsize else None
+
+    def sent(self, slot_numel: float, dtype: torch.dtype, *, narrow: bool = False) -> Sent:
+        """What each rank sends when slots of so many elements are gathered, or reduced and scattered.
+
+        Args:
+            slot_numel: elements of one slot.
+            dtype: of the buffer.
+            narrow: whether `between_nodes` applies, as to gathers and to both halves of an all-reduce.
+        """
+        nodes, k = self._hierarchical.nodes, self._hierarchical.per_node
+        slot = slot_numel * dtype.itemsize
+        if self.tiers_for(int(slot)) is not self._hierarchical:
+            return Sent((k - 1) * slot, (nodes - 1) * k * slot)
+        crossing = slot_numel * ((self.crossing_dtype(dtype) if narrow else None) or dtype).itemsize
+        return Sent(nodes * (k - 1) * slot, (nodes - 1) * crossing)
 
     @abstractmethod
     def all_gather(self, buffer: Tensor) -> None:
@@ -85,10 +128,10 @@ class Collectives(ABC):
         """
 
 
-def collectives_for(tiers: Tiers, network: Network) -> Collectives:
-    """The form that suits the backend of `tiers`."""
-    exchanges = dist.get_backend(tiers.everyone) == "gloo"
-    return Exchange(tiers, network) if exchanges else Native(tiers, network)
+def collectives_for(tiers: Tiers, network: Network, between_nodes: torch.dtype | None = None) -> Collectives:
+    """The form that suits the backend of `tiers`; see `Collectives`."""
+    form = Exchange if dist.get_backend(tiers.everyone) == "gloo" else Native
+    return form(tiers, network, between_nodes)
 
 
 # -- the readable twins ------------------------------------------------------------------------------------------------
@@ -132,7 +175,7 @@ class Exchange(Collectives):
 
     def all_gather(self, buffer: Tensor) -> None:
         slots = buffer.view(self._hierarchical.size, -1).unbind()
-        _gather(slots, self.tiers_for(slots[0].numel() * buffer.itemsize))
+        _gather(slots, self.tiers_for(slots[0].numel() * buffer.itemsize), self.crossing_dtype(buffer.dtype))
 
     def reduce_scatter(
         self, buffer: Tensor, out: Tensor | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
@@ -141,22 +184,25 @@ class Exchange(Collectives):
             raise ValueError(f"op={op} cannot be added here; choose ReduceOp.SUM and divide")
         slots = buffer.view(self._hierarchical.size, -1).unbind()
         tiers = self.tiers_for(slots[0].numel() * buffer.itemsize)
-        _reduce(slots, tiers)
+        _reduce(slots, tiers, None)
         total = slots[_index(tiers)]
         return total if out is None else out.copy_(total)
 
     def all_reduce(self, buffer: Tensor) -> None:
         slots = buffer.tensor_split(self._hierarchical.size)
         tiers = self.tiers_for(slots[0].numel() * buffer.itemsize)
-        _reduce(slots, tiers)
-        _gather(slots, tiers)
+        narrow = self.crossing_dtype(buffer.dtype)
+        _reduce(slots, tiers, narrow)
+        if narrow is not None and tiers.nodes > 1:  # as every other node will have it
+            slots[_index(tiers)].copy_(slots[_index(tiers)].to(narrow))
+        _gather(slots, tiers, narrow)
 
 
-def _gather(slots: Sequence[Tensor], tiers: Tiers) -> None:
+def _gather(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -> None:
     """Fill `slots` from the ranks whose they are: chunk by chunk between nodes, and each on inside the node."""
     own = slots[_index(tiers)]
     here = [slots[node * tiers.per_node + tiers.local] for node in range(tiers.nodes)]
-    between, inside = _Peers(tiers, "inter_node"), _Peers(tiers, "intra_node")
+    between, inside = _Peers(tiers, "inter_node", narrow), _Peers(tiers, "intra_node")
     arriving = {}
     for chunk in _chunks(own):
         for step in between.steps:
@@ -177,25 +223,24 @@ def _gather(slots: Sequence[Tensor], tiers: Tiers) -> None:
     inside.finish_all()
 
 
-def _reduce(slots: Sequence[Tensor], tiers: Tiers) -> None:
+def _reduce(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -> None:
     """Add every rank's slots up where they belong: inside the node first, and what is for other nodes goes on.
 
     This rank's slot holds the sum; the others hold partial sums.
     """
     here = [slots[node * tiers.per_node + tiers.local] for node in range(tiers.nodes)]
-    between, inside = _Peers(tiers, "inter_node"), _Peers(tiers, "intra_node")
+    between, inside = _Peers(tiers, "inter_node", narrow), _Peers(tiers, "intra_node")
     rounds = [
         (chunk, step) for chunk in _chunks(max(slots, key=Tensor.numel)) for step in (*between.steps, 0)
     ]  # other nodes' first: they have further to go
 
-    def ask(chunk: slice, step: int) -> list[tuple[Tensor, dist.Work | None]]:
+    def ask(chunk: slice, step: int) -> list[_Message]:
         node = (tiers.node + step) % tiers.nodes
         for peer in inside.steps:
             inside.send(slots[node * tiers.per_node + (tiers.local + peer) % tiers.per_node][chunk], peer)
-        parts = [torch.empty_like(here[node][chunk]) for _ in inside.steps]
-        return [(part, inside.receive(part, peer)) for part, peer in zip(parts, inside.steps, strict=True)]
+        return [inside.receive(torch.empty_like(here[node][chunk]), peer) for peer in inside.steps]
 
-    crossing: list[tuple[Tensor, list[tuple[Tensor, dist.Work | None]]]] = []
+    crossing: list[tuple[Tensor, list[_Message]]] = []
     asked = ask(*rounds[0]) if rounds else []
     for number, (chunk, step) in enumerate(rounds):
         arriving, asked = asked, ask(*rounds[number + 1]) if number + 1 < len(rounds) else []
@@ -204,9 +249,7 @@ def _reduce(slots: Sequence[Tensor], tiers: Tiers) -> None:
         if step:
             between.send(mine, step)
             continue
-        parts = [torch.empty_like(mine) for _ in between.steps]
-        works = [between.receive(part, peer) for part, peer in zip(parts, between.steps, strict=True)]
-        crossing.append((mine, list(zip(parts, works, strict=True))))
+        crossing.append((mine, [between.receive(torch.empty_like(mine), peer) for peer in between.steps]))
         if len(crossing) > 1:
             between.add(*crossing.pop(0))
     for mine, incoming in crossing:
@@ -221,63 +264,76 @@ def _chunks(slot: Tensor) -> Iterator[slice]:
     return (slice(start, start + numel) for start in range(0, slot.numel(), numel))
 
 
+class _Message:
+    """One on its way: the memory that it needs until it is there, and where it is to go then."""
+
+    def __init__(self, work: dist.Work | None, carried: Tensor, target: Tensor) -> None:
+        self.work = work
+        self.carried = carried
+        self.target = target
+
+
 class _Peers:
     """Messages on one tier, to and from the ranks that are some steps ahead and behind.
 
-    Messages between two ranks are numbered, so that each finds its match however they overtake one another.
+    Messages between two ranks are numbered, so that each finds its match however they overtake one another. They travel
+    in the dtype `narrow`, where given.
     """
 
-    def __init__(self, tiers: Tiers, tier: str) -> None:
+    def __init__(self, tiers: Tiers, tier: str, narrow: torch.dtype | None = None) -> None:
         self._group: dist.ProcessGroup | None = getattr(tiers, tier)
         self._place, size = (tiers.node, tiers.nodes) if tier == "inter_node" else (tiers.local, tiers.per_node)
         self._size = size if self._group is not None else 1
         self._name = "between nodes" if tier == "inter_node" else "inside the node"
-        self._under_way: dict[int, dist.Work] = {}  # gloo's cannot be waited for twice
+        self._narrow = narrow
+        self._under_way: list[_Message] = []
         self._sent = [count() for _ in range(self._size)]
         self._received = [count() for _ in range(self._size)]
         self.steps = range(1, self._size)
 
     def send(self, tensor: Tensor, step: int) -> None:
         """To the rank `step` ahead."""
-        tag = next(self._sent[step])
-        if tensor.numel():
-            to = (self._place + step) % self._size
-            self._begin(lambda: dist.isend(tensor, group=self._group, group_dst=to, tag=tag))
+        tag, to = next(self._sent[step]), (self._place + step) % self._size
+        carried = tensor if self._narrow is None else tensor.to(self._narrow)
+        self._begin(lambda: dist.isend(carried, group=self._group, group_dst=to, tag=tag), carried, carried)
 
-    def receive(self, tensor: Tensor, step: int) -> dist.Work | None:
-        """From the rank `step` behind."""
-        tag = next(self._received[step])
-        if not tensor.numel():
-            return None
-        source = (self._place - step) % self._size
-        return self._begin(lambda: dist.irecv(tensor, group=self._group, group_src=source, tag=tag))
+    def receive(self, tensor: Tensor, step: int) -> _Message:
+        """From the rank `step` behind; it is in `tensor` once the message is finished."""
+        tag, source = next(self._received[step]), (self._place - step) % self._size
+        carried = tensor if self._narrow is None else torch.empty_like(tensor, dtype=self._narrow)
+        return self._begin(lambda: dist.irecv(carried, group=self._group, group_src=source, tag=tag), carried, tensor)
 
-    def add(self, total: Tensor, incoming: Sequence[tuple[Tensor, dist.Work | None]]) -> None:
+    def add(self, total: Tensor, incoming: Sequence[_Message]) -> None:
         """Add to `total` what is on its way, rounding once."""
         if not incoming:
             return
         wide = total.to(torch.promote_types(total.dtype, torch.float32))  # itself, where it is wide enough
-        for part, work in incoming:
-            self.finish(work)
-            wide.add_(part)
+        for message in incoming:
+            self.finish(message)
+            wide.add_(message.target)
         if wide is not total:
             total.copy_(wide)
 
-    def finish(self, work: dist.Work | None) -> None:
-        """Wait for one message."""
-        if work is not None and self._under_way.pop(id(work), None) is not None:
-            self._tried(work.wait)
+    def finish(self, message: _Message) -> None:
+        """Wait for one message. gloo's cannot be waited for twice."""
+        if message.work is None:
+            return
+        self._tried(message.work.wait)
+        message.work = None
+        if message.target is not message.carried:
+            message.target.copy_(message.carried)
+            message.carried = message.target
 
     def finish_all(self) -> None:
         """Wait for all of them."""
-        for work in list(self._under_way.values()):
-            self.finish(work)
+        for message in self._under_way:
+            self.finish(message)
+        self._under_way.clear()
 
-    def _begin(self, action: Callable[[], dist.Work | None]) -> dist.Work | None:
-        work = self._tried(action)
-        if work is not None:
-            self._under_way[id(work)] = work
-        return work
+    def _begin(self, action: Callable[[], dist.Work | None], carried: Tensor, target: Tensor) -> _Message:
+        message = _Message(self._tried(action) if carried.numel() else None, carried, target)
+        self._under_way.append(message)
+        return message
 
     def _tried(self, action: Callable[[], _Result]) -> _Result:
         try:
@@ -305,14 +361,21 @@ class Native(Collectives):
         slots = buffer.view(self._hierarchical.size, -1)
         tiers = self.tiers_for(slots[0].nbytes)
         own = slots[_index(tiers)]
-        if tiers.inter_node is None or tiers.intra_node is None:
-            dist.all_gather_into_tensor(buffer, own, group=tiers.everyone)
+        narrow = self.crossing_dtype(own.dtype)
+        if tiers.inter_node is None or (tiers.intra_node is None and narrow is None):
+            all_gather_single(buffer, own, tiers.everyone)
             return
-        here = torch.empty_like(slots[: tiers.nodes])
-        dist.all_gather_into_tensor(here.view(-1), own, group=tiers.inter_node)
+        sent = own.to(narrow or own.dtype)
+        crossed = sent.new_empty(tiers.nodes, own.numel())
+        all_gather_single(crossed.view(-1), sent, tiers.inter_node)
+        here = crossed.to(own.dtype)
+        here[tiers.node] = own
+        if tiers.intra_node is None:
+            buffer.copy_(here.view(-1))
+            return
         with coalesced(tiers.intra_node, buffer.device):
             for node, target in enumerate(slots.view(tiers.nodes, -1)):
-                dist.all_gather_into_tensor(target, here[node], group=tiers.intra_node)
+                all_gather_single(target, here[node], tiers.intra_node)
 
     def reduce_scatter(
         self, buffer: Tensor, out: Tensor | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
@@ -321,24 +384,40 @@ class Native(Collectives):
         tiers = self.tiers_for(slots[0].nbytes)
         total = torch.empty_like(slots[0]) if out is None else out
         if tiers.inter_node is None or tiers.intra_node is None:
-            dist.reduce_scatter_tensor(total, buffer, op=op, group=tiers.everyone)
+            reduce_scatter_single(total, buffer, tiers.everyone, op)
             return total
         here = torch.empty_like(slots[: tiers.nodes])
         with coalesced(tiers.intra_node, buffer.device):
             for node, source in enumerate(slots.view(tiers.nodes, -1)):
-                dist.reduce_scatter_tensor(here[node], source, op=op, group=tiers.intra_node)
-        dist.reduce_scatter_tensor(total, here.view(-1), op=op, group=tiers.inter_node)
+                reduce_scatter_single(here[node], source, tiers.intra_node, op)
+        reduce_scatter_single(total, here.view(-1), tiers.inter_node, op)
         return total
 
     def all_reduce(self, buffer: Tensor) -> None:
         tiers = self.tiers_for(buffer.nbytes // self._hierarchical.size)
-        if tiers.inter_node is None or tiers.intra_node is None:
+        narrow = self.crossing_dtype(buffer.dtype) if tiers.inter_node is not None else None
+        if narrow is None and (tiers.inter_node is None or tiers.intra_node is None):
             dist.all_reduce(buffer, group=tiers.everyone)
             return
-        k = tiers.per_node
-        padded = torch.nn.functional.pad(buffer, (0, -buffer.numel() % k))
-        part = torch.empty_like(padded[: padded.numel() // k])
-        dist.reduce_scatter_tensor(part, padded, group=tiers.intra_node)
-        dist.all_reduce(part, group=tiers.inter_node)
-        dist.all_gather_into_tensor(padded, part, group=tiers.intra_node)
-        buffer.copy_(padded[: buffer.numel()])
+        padded = torch.nn.functional.pad(buffer, (0, -buffer.numel() % tiers.size))
+        part = padded.chunk(tiers.per_node)[tiers.local].clone()
+        if tiers.intra_node is not None:
+            reduce_scatter_single(part, padded, tiers.intra_node)
+        if narrow is None:
+            dist.all_reduce(part, group=tiers.inter_node)
+        else:
+            _narrow_all_reduce(part, narrow, tiers)
+        if tiers.intra_node is not None:
+            all_gather_single(padded, part, tiers.intra_node)
+        buffer.copy_((padded if tiers.intra_node is not None else part)[: buffer.numel()])
+
+
+def _narrow_all_reduce(buffer: Tensor, narrow: torch.dtype, tiers: Tiers) -> None:
+    """All-reduce between nodes: values travel in `narrow` and are added in the buffer's own dtype."""
+    assert tiers.inter_node is not None
+    incoming = torch.empty_like(buffer, dtype=narrow)
+    dist.all_to_all_single(incoming, buffer.to(narrow), group=tiers.inter_node)
+    parts = incoming.view(tiers.nodes, -1).to(buffer.dtype)
+    parts[tiers.node] = buffer.view(tiers.nodes, -1)[tiers.node]  # this node's own did not travel
+    all_gather_single(incoming, parts.sum(dim=0).to(narrow), tiers.inter_node)
+    buffer.copy_(incoming)

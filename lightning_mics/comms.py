@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_mics.channels import Channel, Transfer
-from lightning_mics.collectives import Collectives
+from lightning_mics.channels import Transfer
+from lightning_mics.wire import Traffic
 
 
 class BlockGather:
@@ -24,14 +24,13 @@ class BlockGather:
 
     Args:
         name: the block's, for people.
-        collectives: over the partition group.
-        channel: carries the gathers of all blocks.
+        traffic: the gathers of all blocks.
     """
 
-    def __init__(self, name: str, collectives: Collectives, channel: Channel) -> None:
+    def __init__(self, name: str, traffic: Traffic) -> None:
         self._name = name
-        self._collectives = collectives
-        self._channel = channel
+        self._collectives = traffic.collectives
+        self._channel = traffic.channel
         self._under_way: Transfer | None = None
 
     @property
@@ -70,18 +69,17 @@ class HopOne:
 
     Args:
         name: the block's, for people.
-        collectives: over the partition group.
-        channel: carries hop 1 of all blocks.
+        traffic: hop 1 of all blocks.
         partition_size: p, by which sums are divided.
     """
 
-    def __init__(self, name: str, collectives: Collectives, channel: Channel, partition_size: int) -> None:
+    def __init__(self, name: str, traffic: Traffic, partition_size: int) -> None:
         self.holds = False
         self.transfer: Transfer | None = None
         """The last hop 1, under way or over."""
         self._name = name
-        self._collectives = collectives
-        self._channel = channel
+        self._collectives = traffic.collectives
+        self._channel = traffic.channel
         self._partition_size = partition_size
         self._held: Tensor | None = None
         self._buffer: Tensor | None = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,64 +21,25 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mics._compat import in_backward, reduce_unused_params, reset_iter_state
+from lightning_mics.accounting import Account, WireBytes
 from lightning_mics.block_order import BlockOrder
 from lightning_mics.blocks import Block, BlockChoice, class_of, find_blocks, has_parameters
-from lightning_mics.channels import channel_for
 from lightning_mics.climb import Budget, Climb
-from lightning_mics.collectives import collectives_for
-from lightning_mics.comms import BlockGather, HopOne, padded_numel
+from lightning_mics.comms import BlockGather, HopOne
 from lightning_mics.groups import Groups
-from lightning_mics.ladder import AUTO, ModelBytes, Parameters, Rung, Whole
+from lightning_mics.ladder import AUTO, ModelBytes, Parameters, Rung
 from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
-from lightning_mics.network import Network, Tier
-from lightning_mics.two_hop import Bucket, HopTwo, Window
+from lightning_mics.network import Network
+from lightning_mics.precision import Precision
+from lightning_mics.two_hop import Bucket, Window
 from lightning_mics.usage import Usage
+from lightning_mics.wire import Wire
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_UNCHANGED = Precision()
 
-@dataclass(frozen=True)
-class Precision:
-    """In what dtypes a sharded module travels and sums.
-
-    Attributes:
-        param_dtype: gathers carry parameters in this dtype and the model computes in it; the shards that the
-            optimizer updates keep their own. None: the parameters' own.
-        reduce_dtype: hop 1 and the window's sums. None: fp32, or the parameters' own where that is wider.
-    """
-
-    param_dtype: torch.dtype | None = None
-    reduce_dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("param_dtype", "reduce_dtype"):
-            dtype = getattr(self, name)
-            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                raise ValueError(f"{name}={dtype!r} must be a floating-point torch.dtype, as torch.bfloat16, or None")
-
-    def sum_dtype(self, own: torch.dtype) -> torch.dtype:
-        """The dtype in which gradients of parameters of dtype `own` are summed."""
-        return self.reduce_dtype or torch.promote_types(torch.float32, own)
-
-
-@dataclass(frozen=True)
-class WireBytes:
-    """Bytes that one rank sends in one optimizer step.
-
-    Attributes:
-        gather: all-gathers in the partition group, of all micro-steps.
-        hop_1: reduce-scatters in the partition group, of all micro-steps.
-        hop_2: the all-reduce over the replication group.
-    """
-
-    gather: int
-    hop_1: int
-    hop_2: int
-
-    @property
-    def in_partition_group(self) -> int:
-        """Gathers and hop 1."""
-        return self.gather + self.hop_1
+OUTSIDE = "what lies outside the blocks"
 
 
 class MiCSModule(nn.Module):
@@ -96,7 +56,7 @@ class MiCSModule(nn.Module):
         self.precision = precision
         self.gathers: dict[nn.Module, BlockGather] = {}
         self.hops_1: dict[nn.Module, HopOne] = {}
-        self.hop_2: HopTwo | None = None
+        self.wire: Wire
         self.blocks: tuple[Block, ...] = ()
         self.window: Window
         self.order: BlockOrder
@@ -197,44 +157,15 @@ class MiCSModule(nn.Module):
             broadcast_from_rank_zero(buffers)
 
     def wire_bytes(self, window: int, rung: Rung | None = None) -> WireBytes:
-        """What one rank sends in an optimizer step of `window` micro-steps.
-
-        Of a block's gathered bytes B, (p-1)/p for each gather and each reduce-scatter of the rung, and 2(r-1)/r of a
-        shard for hop 2; over one tier or two, the sum is the same.
-        """
-        p, r = self.groups.topology.partition_size, self.groups.topology.replicas
-        rung = rung or self.rung
-        of_block, outside = rung.gathers(window)
-        gather = hop_1 = hop_2 = 0.0
-        for bucket in self.window.buckets:
-            for param in bucket.parameters:
-                travels = (self.precision.param_dtype or param.dtype).itemsize
-                sums = self.precision.sum_dtype(param.dtype).itemsize
-                times = outside if bucket.block is None else of_block
-                gather += times * param.numel() * travels * (p - 1) / p
-                if param.requires_grad:
-                    hop_1 += rung.reduce_scatters(window) * param.numel() * sums * (p - 1) / p
-                    hop_2 += 2 * (r - 1) / r * param.numel() / p * max(sums, param.dtype.itemsize)
-        return WireBytes(gather=int(gather), hop_1=int(hop_1), hop_2=int(hop_2))
+        """What one rank sends in an optimizer step of `window` micro-steps, on `rung` or the current one."""
+        return self._account().sent(rung or self.rung, window)
 
     def bytes_held(self) -> ModelBytes:
-        """What a rank holds of the model, on whatever rung."""
-        p = self.groups.topology.partition_size
-        wholes, shards = [], 0
-        for bucket in self.window.buckets:
-            parameters = gradients = sums = 0
-            for param in bucket.parameters:
-                room, travels = p * padded_numel(param, p), self.precision.param_dtype or param.dtype
-                parameters += room * travels.itemsize
-                shards += room // p * param.itemsize
-                if param.requires_grad:
-                    summed = self.precision.sum_dtype(param.dtype).itemsize
-                    gradients += param.numel() * travels.itemsize
-                    sums += room * summed
-                    shards += room // p * max(summed, param.itemsize)
-            wholes.append(Whole(parameters, gradients, sums))
-        *blocks, outside = wholes
-        return ModelBytes(shards, tuple(reversed(blocks)), outside)
+        """What one rank holds of the model, on whatever rung."""
+        return self._account().held()
+
+    def _account(self) -> Account:
+        return Account(self.window.buckets, self.wire, self.groups, self.precision)
 
     def describe(self) -> str:
         """The choice of blocks, for people."""
@@ -258,7 +189,7 @@ def shard(
     blocks: BlockChoice = None,
     activation_checkpointing: bool = False,
     compile: Mapping[str, Any] | None = None,
-    precision: Precision = Precision(),
+    precision: Precision = _UNCHANGED,
     rung: Rung | str = "block/sharded",
     memory_budget: int | float = 0.9,
     network: Network | None = None,
@@ -312,7 +243,8 @@ def shard(
     _gather_again_inside_forward(root, slots[""])
 
     root.blocks = found
-    _install_comms(root, network or Network.default(groups.topology.ranks_per_node, groups.device.type))
+    root.wire = Wire.create(groups, network, precision.between_nodes)
+    _install_comms(root)
     _install_window(root, slots)
     root.set_rung(rung, memory_budget)
     return root
@@ -350,22 +282,14 @@ def _policy(precision: Precision, params: Sequence[Tensor]) -> MixedPrecisionPol
     )
 
 
-def _install_comms(root: MiCSModule, network: Network) -> None:
-    """Gathers and hop 1 of our own, on channels of their own."""
-    groups, device, backend = root.groups, root.groups.device, dist.get_backend()
-    network = _agreed(network, device)
-    if groups.hop_2 is not None:
-        channel = channel_for(device, backend, "mics-hop-2", own_stream=True)
-        root.hop_2 = HopTwo(collectives_for(groups.hop_2, network), channel)
-    if groups.gather is None or groups.hop_1 is None:
+def _install_comms(root: MiCSModule) -> None:
+    """Gathers and hop 1 of our own."""
+    gather, hop_1 = root.wire.gather, root.wire.hop_1
+    if gather is None or hop_1 is None:
         return
-    gather, gathers = collectives_for(groups.gather, network), channel_for(device, backend, "mics-gather")
-    reduce, reduces = collectives_for(groups.hop_1, network), channel_for(device, backend, "mics-hop-1")
     for name, module in _gathering(root).items():
-        root.gathers[module] = BlockGather(name or "what lies outside blocks", gather, gathers)
-        root.hops_1[module] = HopOne(
-            name or "what lies outside blocks", reduce, reduces, groups.topology.partition_size
-        )
+        root.gathers[module] = BlockGather(name or OUTSIDE, gather)
+        root.hops_1[module] = HopOne(name or OUTSIDE, hop_1, root.groups.topology.partition_size)
         module.set_custom_all_gather(root.gathers[module])
         module.set_custom_reduce_scatter(root.hops_1[module])
         module.set_gradient_divide_factor(1.0)  # hop 1 divides, once its sum has come
@@ -375,16 +299,6 @@ def _install_comms(root: MiCSModule, network: Network) -> None:
 def _reshard_blocks_after_forward(blocks: Sequence[Block], rung: Rung) -> None:
     for block in blocks:
         block.module.set_reshard_after_forward(rung.parameters == Parameters.BLOCK, recurse=False)  # type: ignore[operator]
-
-
-def _agreed(network: Network, device: torch.device) -> Network:
-    """Rank 0's, so that all ranks choose the same way for each message."""
-    tiers = [network.intra.latency, network.intra.bandwidth, network.inter.latency, network.inter.bandwidth]
-    numbers = torch.tensor(tiers, dtype=torch.float64, device=device)
-    if dist.get_world_size() > 1:
-        dist.broadcast(numbers, src=0)
-    intra_latency, intra_bandwidth, inter_latency, inter_bandwidth = numbers.tolist()
-    return Network(Tier(intra_latency, intra_bandwidth), Tier(inter_latency, inter_bandwidth), network.source)
 
 
 def _gathering(root: MiCSModule) -> dict[str, Any]:
@@ -397,7 +311,7 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
     gathering = _gathering(root)
     blocks = [(index, block.name) for index, block in enumerate(root.blocks)]
     buckets = [
-        Bucket(name or "what lies outside blocks", _parameters_at(slots[name]), index, root.hops_1.get(gathering[name]))
+        Bucket(name or OUTSIDE, _parameters_at(slots[name]), index, root.hops_1.get(gathering[name]))
         for index, name in [*reversed(blocks), (None, "")]
     ]
     dtypes = {p.dtype for bucket in buckets for p in bucket.parameters if p.requires_grad} or {torch.float32}
@@ -405,7 +319,7 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
     root.window = Window(
         buckets,
         root.groups,
-        root.hop_2,
+        root.wire.hop_2,
         root.order,
         Usage({module: slots[name] for name, module in gathering.items()}),
         on_rung=partial(_reshard_blocks_after_forward, root.blocks),

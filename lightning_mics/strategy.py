@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,8 @@ from lightning_mics.climb import Budget
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
-from lightning_mics.sharding import MiCSModule, Precision, shard
+from lightning_mics.precision import Precision
+from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ class MiCSStrategyMixin(_Base):
         param_dtype: dtype in which parameters travel and compute. By default that of the Trainer's precision: 16 bits
             under "16-mixed" and "bf16-mixed" (shards stay fp32), otherwise the parameters' own.
         reduce_dtype: dtype of hop 1 and of the window's sums. By default fp32, or wider where the parameters are.
+        between_nodes: parameters and hop 2 cross between nodes in this dtype, as `torch.bfloat16`, where theirs is
+            wider; inside a node they stay as they are. By default nothing is rounded.
         rung: what stays whole in memory instead of being moved again, "<parameters>/<gradients>": parameters for a
             `block`, a `micro_step` or the `window`; gradients `sharded`, or `whole` until the boundary. "auto" takes
             the fastest that fits `memory_budget`, from the second window on.
@@ -101,6 +105,7 @@ class MiCSStrategyMixin(_Base):
         compile: bool | Mapping[str, Any] = False,
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
+        between_nodes: torch.dtype | None = None,
         rung: Rung | str = "block/sharded",
         memory_budget: int | float = 0.9,
         network: Network | str | Path | None = None,
@@ -115,7 +120,7 @@ class MiCSStrategyMixin(_Base):
         self._blocks = blocks
         self._activation_checkpointing = activation_checkpointing
         self._compile = _compile_arguments(compile)
-        self._precision = Precision(param_dtype, reduce_dtype)
+        self._precision = Precision(param_dtype, reduce_dtype, between_nodes)
         self._rung = rung if rung == AUTO else Rung.parse(rung)
         self._memory_budget = Budget(memory_budget).amount
         self._network = Network.load(network) if isinstance(network, str | Path) else network
@@ -255,7 +260,7 @@ class MiCSStrategyMixin(_Base):
 
     def _precision_for(self, plugin: Any) -> Precision:
         param_dtype = self._precision.param_dtype or _MIXED.get(str(plugin.precision))
-        return Precision(param_dtype, self._precision.reduce_dtype)
+        return replace(self._precision, param_dtype=param_dtype)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

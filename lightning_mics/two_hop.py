@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from lightning_mics._compat import allow_wide_gradients
 from lightning_mics.block_order import BlockOrder
-from lightning_mics.channels import Channel, Transfer
+from lightning_mics.channels import Transfer
 from lightning_mics.climb import Climb
-from lightning_mics.collectives import Collectives
 from lightning_mics.comms import HopOne, padded_numel
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import Gradients, Parameters, Rung
 from lightning_mics.usage import Usage
+from lightning_mics.wire import Traffic
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,6 @@ class Bucket:
         return [p for p in self.parameters if p.requires_grad]
 
 
-@dataclass(frozen=True)
-class HopTwo:
-    """How gradients cross the replicas.
-
-    Attributes:
-        collectives: over the replication group.
-        channel: carries hop 2 of all buckets.
-    """
-
-    collectives: Collectives
-    channel: Channel
-
-
 class Window:
     """The micro-steps of one optimizer step, and the two hops of their gradients.
 
@@ -88,7 +75,7 @@ class Window:
         self,
         buckets: Sequence[Bucket],
         groups: Groups,
-        hop_2: HopTwo | None,
+        hop_2: Traffic | None,
         order: BlockOrder,
         usage: Usage,
         *,

@@ -21,7 +21,8 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import RUNGS
 from lightning_mics.network import Network, Tier
-from lightning_mics.sharding import MiCSModule, Precision, shard
+from lightning_mics.precision import Precision
+from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 from tests.distributed.ranks import run_ranks
 

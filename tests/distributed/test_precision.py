@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import nullcontext
 
 import pytest
@@ -10,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_mics.groups import Groups
-from lightning_mics.sharding import MiCSModule, Precision, shard
+from lightning_mics.precision import Precision
+from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 from tests.distributed.counting import collectives
 from tests.distributed.ranks import run_ranks
+from tests.distributed.test_wire import traffic
 
 WIDTH, MICRO_STEPS = 8, 64
 
@@ -77,8 +80,8 @@ def test_sums_of_wide_parameters_are_their_own(dtype: torch.dtype) -> None:
     assert error < {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
 
 
-def wire(own: torch.dtype, precision: Precision, mixed: bool) -> dict[str, set[tuple[str, int]]]:
-    """Dtypes of a micro-step's collectives and how many ranks they span, by kind."""
+def wire(own: torch.dtype, precision: Precision, mixed: bool) -> dict[str, set[torch.dtype]]:
+    """Dtypes of a micro-step's messages, by kind of traffic, and of everything else, by its own kind."""
     root = build(own, precision)
     with collectives() as calls:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -87,7 +90,10 @@ def wire(own: torch.dtype, precision: Precision, mixed: bool) -> dict[str, set[t
             loss.backward()
         root.window.close()
     assert {p.dtype for p in root.parameters()} == {own}
-    return {kind: {(c.dtype, len(c.ranks)) for c in calls if c.kind == kind} for kind in {c.kind for c in calls}}
+    kinds: defaultdict[str, set[torch.dtype]] = defaultdict(set)
+    for call in calls:
+        kinds[traffic(root.groups)[call.group] if call.kind == "send" else call.kind].add(call.dtype)
+    return dict(kinds)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +104,9 @@ def wire(own: torch.dtype, precision: Precision, mixed: bool) -> dict[str, set[t
     ],
 )
 def test_16_bits_are_gathered_and_32_reduced(own: torch.dtype, precision: Precision, mixed: bool) -> None:
+    fp32 = {torch.float32}
     for kinds in run_ranks(4, wire, own, precision, mixed):
-        assert kinds["all_gather"] == {("torch.bfloat16", 2)}
-        assert kinds["reduce_scatter"] == {("torch.float32", 2)}
-        assert {dtype for dtype, _ in kinds["all_reduce"]} == {"torch.float32"}
+        assert kinds == {"gather": {torch.bfloat16}, "hop 1": fp32, "hop 2": fp32, "all_reduce": fp32}
 
 
 @pytest.mark.parametrize("value", ["bf16", torch.int64])

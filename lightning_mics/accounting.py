@@ -1,0 +1,106 @@
+"""Accounting: the bytes that a sharded model sends and holds, by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_mics.collectives import Sent
+from lightning_mics.comms import padded_numel
+from lightning_mics.groups import Groups
+from lightning_mics.ladder import ModelBytes, Rung, Whole
+from lightning_mics.precision import Precision
+from lightning_mics.two_hop import Bucket
+from lightning_mics.wire import Wire
+
+
+@dataclass(frozen=True)
+class WireBytes:
+    """Bytes that one rank sends in one optimizer step.
+
+    Attributes:
+        gather: all-gathers in the partition group, of all micro-steps.
+        hop_1: reduce-scatters in the partition group, of all micro-steps.
+        hop_2: the all-reduce over the replication group.
+        inter_node: the part of all three that leaves the node.
+    """
+
+    gather: int
+    hop_1: int
+    hop_2: int
+    inter_node: int
+
+    @property
+    def in_partition_group(self) -> int:
+        """Gathers and hop 1."""
+        return self.gather + self.hop_1
+
+
+@dataclass(frozen=True)
+class Account:
+    """What the buckets of a model cost.
+
+    Attributes:
+        buckets: in the order in which backward finishes them; the last lies outside all blocks.
+        wire: how they travel.
+        groups: among whom.
+        precision: in what dtypes.
+    """
+
+    buckets: Sequence[Bucket]
+    wire: Wire
+    groups: Groups
+    precision: Precision
+
+    def sent(self, rung: Rung, window: int) -> WireBytes:
+        """What one rank sends in an optimizer step of `window` micro-steps.
+
+        Of a bucket's gathered bytes B, (p-1)/p for each gather and each reduce-scatter of the rung, and 2(r-1)/r of a
+        shard for hop 2. Over both tiers, (p-k)/p of B leaves a node, for all of its k ranks together.
+        """
+        gather = hop_1 = hop_2 = Sent(0, 0)
+        for bucket in self.buckets:
+            if self.wire.gather is not None:
+                times = rung.gathers(window)[bucket.block is None]
+                gather += self.wire.gather.collectives.sent(*self._gathered(bucket), narrow=True) * times
+            if self.wire.hop_1 is not None and bucket.trainable:
+                hop_1 += self.wire.hop_1.collectives.sent(*self._summed(bucket)) * rung.reduce_scatters(window)
+            if self.wire.hop_2 is not None and bucket.trainable:
+                shard, dtype = self._summed(bucket)
+                dtype = torch.promote_types(dtype, bucket.trainable[0].dtype)
+                slot = shard / self.groups.topology.replicas
+                hop_2 += self.wire.hop_2.collectives.sent(slot, dtype, narrow=True) * 2
+        inter_node = gather.inter_node + hop_1.inter_node + hop_2.inter_node
+        return WireBytes(int(gather.total), int(hop_1.total), int(hop_2.total), int(inter_node))
+
+    def held(self) -> ModelBytes:
+        """What a rank holds of the model, on whatever rung."""
+        p = self.groups.topology.partition_size
+        shards, wholes = 0, []
+        for bucket in self.buckets:
+            gathered, travels = self._gathered(bucket)
+            summed, sums = self._summed(bucket)
+            wide = torch.promote_types(sums, bucket.trainable[0].dtype) if bucket.trainable else sums
+            shards += sum(padded_numel(param, p) * param.itemsize for param in bucket.parameters)
+            shards += summed * wide.itemsize
+            gradients = sum(param.numel() * self.precision.travels(param.dtype).itemsize for param in bucket.trainable)
+            wholes.append(Whole(p * gathered * travels.itemsize, gradients, p * summed * sums.itemsize))
+        *blocks, outside = wholes
+        return ModelBytes(shards, tuple(reversed(blocks)), outside)
+
+    def _gathered(self, bucket: Bucket) -> tuple[int, torch.dtype]:
+        """Elements of a rank's shard, and the dtype in which they travel; several travel as bytes."""
+        p = self.groups.topology.partition_size
+        dtypes = {self.precision.travels(param.dtype) for param in bucket.parameters}
+        if len(dtypes) == 1:
+            return sum(padded_numel(param, p) for param in bucket.parameters), dtypes.pop()
+        sizes = [padded_numel(q, p) * self.precision.travels(q.dtype).itemsize for q in bucket.parameters]
+        return sum(sizes), torch.uint8
+
+    def _summed(self, bucket: Bucket) -> tuple[int, torch.dtype]:
+        """Elements of a rank's shard that take gradients, and the dtype in which hop 1 adds them."""
+        p = self.groups.topology.partition_size
+        own = bucket.trainable[0].dtype if bucket.trainable else torch.float32
+        return sum(padded_numel(param, p) for param in bucket.trainable), self.precision.sum_dtype(own)

@@ -1,0 +1,95 @@
+"""The command line: `mics probe`, run on every rank by torchrun or srun.
+
+Each command calls what Python users call; nothing can be done here alone.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from rich import get_console
+from rich.table import Table
+
+from lightning_mics.callbacks import in_units
+from lightning_mics.network import Network
+from lightning_mics.probe import probe as measure
+from lightning_mics.topology import ranks_per_node_from_environment
+from lightning_mics.version import __version__
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+_HOW = "start it on every rank: torchrun --nproc-per-node 8 -m lightning_mics probe, or srun mics probe"
+
+
+@app.callback()
+def main() -> None:
+    """MiCS: sharded data parallelism whose traffic stays inside small groups."""
+
+
+@app.command()
+def probe(
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("network.json"),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default an accelerator if there is one.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="By default as torchrun or SLURM tell.")] = None,
+) -> None:
+    """Measure the network inside nodes and between them, and write it to a file.
+
+    The strategy reads it: MiCSStrategy(network="network.json").
+    """
+    cluster = _cluster()
+    kind = device or (str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu")
+    own = torch.device(kind) if kind == "cpu" else torch.device(kind, cluster.local_rank())
+    _join(cluster, own)
+    try:
+        k = ranks_per_node or ranks_per_node_from_environment(os.environ)
+        if k is None:
+            raise typer.BadParameter("the launcher does not tell how many ranks a node runs; give --ranks-per-node")
+        network = measure(k, own)
+        if dist.get_rank() == 0:
+            network.save(output, **_circumstances(k, own))
+            _show(network, output)
+    finally:
+        dist.destroy_process_group()
+
+
+def _cluster() -> ClusterEnvironment:
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect():
+            return environment()
+    raise typer.BadParameter(f"this is not one of several ranks; {_HOW}")
+
+
+def _join(cluster: ClusterEnvironment, device: torch.device) -> None:
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device), rank=cluster.global_rank(), world_size=cluster.world_size()
+    )
+
+
+def _circumstances(ranks_per_node: int, device: torch.device) -> dict[str, Any]:
+    return {
+        "date": str(date.today()),
+        "nodes": dist.get_world_size() // ranks_per_node,
+        "ranks_per_node": ranks_per_node,
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "backend": dist.get_backend(),
+        "versions": {"lightning-mics": __version__, "torch": torch.__version__},
+    }
+
+
+def _show(network: Network, output: Path) -> None:
+    table = Table("tier", "latency", "bandwidth of a rank", "error of the fit", title=network.source)
+    for name, tier in (("inside a node", network.intra), ("between nodes", network.inter)):
+        error = f"{100 * tier.relative_error:.0f} %" if tier.samples else "not measured"
+        table.add_row(name, f"{1e6 * tier.latency:,.0f} us", in_units(tier.bandwidth, "B/s"), error)
+    get_console().print(table)
+    get_console().print(f"written to {output}", markup=False, highlight=False, soft_wrap=True)
