@@ -119,7 +119,7 @@ class MiCSModule(nn.Module):
             return
         modules = [self, *(block.module for block in self.blocks)]
         for module, following in zip(modules, [*modules[1:], None], strict=True):
-            module.set_modules_to_forward_prefetch([following] if enable and following else [])  # type: ignore[operator]
+            module.set_modules_to_forward_prefetch([following] if enable and following is not None else [])  # type: ignore[operator]
 
     def as_output(self, loss: Callable[[], Tensor]) -> Tensor:
         """The loss to call backward on when that happens inside the module's own forward (manual optimization).
