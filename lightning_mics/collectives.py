@@ -203,15 +203,16 @@ def _gather(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -
     own = slots[_index(tiers)]
     here = [slots[node * tiers.per_node + tiers.local] for node in range(tiers.nodes)]
     between, inside = _Peers(tiers, "inter_node", narrow), _Peers(tiers, "intra_node")
+    chunks = [*_chunks(max(slots, key=Tensor.numel))]  # as many on every rank, whosever slot is shorter
     arriving = {}
-    for chunk in _chunks(own):
+    for chunk in chunks:
         for step in between.steps:
             between.send(own[chunk], step)
-    for chunk in _chunks(max(here, key=Tensor.numel)):
+    for chunk in chunks:
         for step in between.steps:
             source = (tiers.node - step) % tiers.nodes
             arriving[chunk.start, source] = between.receive(here[source][chunk], step)
-    for chunk in _chunks(max(here, key=Tensor.numel)):
+    for chunk in chunks:
         for step in (0, *between.steps):
             node = (tiers.node - step) % tiers.nodes
             if step:
