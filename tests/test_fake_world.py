@@ -1,8 +1,12 @@
-"""512 ranks in one process: the real engine over groups that move nothing, seen from one rank at a time."""
+"""512 ranks in one process: the real engine over groups that move nothing, seen from one rank at a time.
+
+The backend has no messages from point to point, so that what is counted here is what NCCL would be asked for.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -10,11 +14,16 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_mics.groups import Groups
+from lightning_mics.ladder import RUNGS, Gradients, Rung
 from lightning_mics.sharding import shard
 from lightning_mics.topology import Topology
-from tests.distributed.test_wire import assert_wire, gpt, local_numel, window_of_calls
+from tests.distributed.counting import Call
+from tests.distributed.test_wire import LAYERS, gpt, numels, traffic, window_of_calls
 
-WORLD = 512
+WORLD, PER_NODE = 512, 8
+
+Stages = list[tuple[str, tuple[int, ...], int]]
+"""Kind, ranks and numel of each collective that one all-gather, reduce-scatter or all-reduce is made of."""
 
 
 @pytest.fixture(params=[0, 261])
@@ -24,12 +33,89 @@ def rank(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.destroy_process_group()
 
 
+class Ranks:
+    """A group of ranks as one of them sees it: N nodes of k, this rank's node, and its place in each of them."""
+
+    def __init__(self, topology: Topology, group: tuple[int, ...], rank: int) -> None:
+        by_node = topology.by_node(group)
+        self.everyone, self.size, self.nodes, self.per_node = group, len(group), len(by_node), len(by_node[0])
+        self.node = next(ranks for ranks in by_node if rank in ranks)
+        self.place = tuple(ranks[self.node.index(rank)] for ranks in by_node)
+        self.flat = self.nodes == 1 or self.per_node == 1
+
+    def gather(self, slot: int) -> Stages:
+        """Between nodes, N slots of this place; then inside the node, for each node, its k slots."""
+        if self.flat:
+            return [("all_gather", self.everyone, self.size * slot)]
+        inside: Stages = [("all_gather", self.node, self.per_node * slot)] * self.nodes
+        return [("all_gather", self.place, self.nodes * slot), *inside]
+
+    def reduce_scatter(self, slot: int) -> Stages:
+        """Inside the node, for each node, the slot of its rank at this place; then between nodes this rank's own."""
+        if self.flat:
+            return [("reduce_scatter", self.everyone, slot)]
+        return [*[("reduce_scatter", self.node, slot)] * self.nodes, ("reduce_scatter", self.place, slot)]
+
+    def all_reduce(self, numel: int) -> Stages:
+        """Of what is padded for all ranks, a k-th between nodes, and the whole inside the node before and after."""
+        if self.flat:
+            return [("all_reduce", self.everyone, numel)]
+        padded = -(-numel // self.size) * self.size
+        part = padded // self.per_node
+        return [
+            ("reduce_scatter", self.node, part),
+            ("all_reduce", self.place, part),
+            ("all_gather", self.node, padded),
+        ]
+
+
+def slots_of(partition_size: int) -> tuple[int, int]:
+    """Elements of a rank's shard of a block, and of what lies outside, with every parameter padded in dim 0."""
+    model = gpt()
+    room = {name: -(-p.shape[0] // partition_size) * p[0].numel() for name, p in model.named_parameters()}
+    block = sum(numel for name, numel in room.items() if name.startswith("transformer.h.0."))
+    return block, sum(room.values()) - LAYERS * block
+
+
+def sequences(calls: list[Call], kinds: dict[str, str], kind: str, length: int) -> Counter[tuple[object, ...]]:
+    """The collectives of one kind of traffic, `length` at a time, each with how often it came."""
+    stages = [(call.kind, call.ranks, call.numel) for call in calls if kinds.get(call.group) == kind]
+    assert len(stages) % length == 0
+    return Counter(tuple(stages[start : start + length]) for start in range(0, len(stages), length))
+
+
+def expected(once: list[Stages], times: list[int]) -> Counter[tuple[object, ...]]:
+    total: Counter[tuple[object, ...]] = Counter()
+    for stages, count in zip(once, times, strict=True):
+        total[tuple(stages)] += count
+    return +total
+
+
 @pytest.mark.parametrize("partition_size", [1, 8, 64, WORLD])
-def test_traffic_of_512_ranks(rank: int, partition_size: int) -> None:
-    topology = Topology(WORLD, 8, partition_size)
+@pytest.mark.parametrize("rung", [RUNGS[0], RUNGS[-1]], ids=str)
+def test_traffic_of_512_ranks(rank: int, partition_size: int, rung: Rung) -> None:
+    """Every stage of every collective in a window of four, on the rung that moves most and the one that moves least."""
+    topology, usage, window = Topology(WORLD, PER_NODE, partition_size), numels()[2], 4
     began = time.process_time()
     groups = Groups.create(topology, "cpu")
     assert time.process_time() - began < 5
-    root = shard(gpt(), groups)
-    numels = [param.numel() for param in gpt().parameters()]
-    assert_wire(window_of_calls(root), topology, rank, numels, local_numel(root))
+    root, kinds = shard(gpt(), groups, rung=rung), traffic(groups)
+    partition = Ranks(topology, topology.partition_groups[topology.replica_of(rank)], rank)
+    replicas = Ranks(topology, topology.replication_groups[topology.shard_of(rank)], rank)
+    block, outside = slots_of(partition_size)
+    slots = [block] * LAYERS + [outside]
+    for number, calls in enumerate(window_of_calls(root, window)):
+        first, boundary = number == 0, number == window - 1
+        times = [2] * LAYERS + [1] if rung == RUNGS[0] else [int(first)] * (LAYERS + 1)
+        gathers = [partition.gather(slot) for slot in slots]
+        reductions = [partition.reduce_scatter(slot) for slot in slots]
+        averages = [replicas.all_reduce(numel) for numel in (*slots, usage)]
+        shards, several = partition_size > 1, topology.replicas > 1
+        reduces = shards and (boundary or rung.gradients == Gradients.SHARDED)
+        assert sequences(calls, kinds, "gather", len(gathers[0])) == expected(gathers, [shards * t for t in times])
+        assert sequences(calls, kinds, "hop 1", len(reductions[0])) == expected(reductions, [reduces] * len(slots))
+        assert sequences(calls, kinds, "hop 2", len(averages[0])) == expected(
+            averages, [boundary and several] * len(averages)
+        )
+        rest = [(call.kind, call.ranks, call.numel) for call in calls if call.group not in kinds]
+        assert rest == [("all_reduce", partition.everyone, usage)] * (boundary and shards)

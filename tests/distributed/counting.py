@@ -1,12 +1,18 @@
-"""Count collectives where they are issued: at torch.distributed itself, not at our own code."""
+"""Count collectives and messages where they are issued: at torch.distributed itself, not at our own code.
+
+Other threads' are counted as well. The order of one thread's calls is kept; between two threads there is none.
+"""
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 # Newer and older spellings: whichever the engine calls is seen, and only the outermost of nested calls is counted.
@@ -16,38 +22,51 @@ _CALLS = {
     "all_reduce": ("all_reduce", "all_reduce_coalesced"),
     "broadcast": ("broadcast",),
     "all_to_all": ("all_to_all_single", "all_to_all"),
+    "send": ("isend", "send"),
 }
 
 
 class Call(NamedTuple):
-    """A collective: its kind, the global ranks that take part, and the numel and dtype of its first tensor."""
+    """A collective or a message of this rank.
+
+    Attributes:
+        kind: a key of `_CALLS`.
+        ranks: the global ranks of its group.
+        group: the name of the group, which tells communicators of the same ranks apart.
+        numel, dtype: of its first tensor: what a collective writes, a message's own.
+        to: the global rank that a message goes to.
+    """
 
     kind: str
     ranks: tuple[int, ...]
+    group: str
     numel: int
-    dtype: str
+    dtype: torch.dtype
+    to: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 @contextmanager
 def collectives() -> Iterator[list[Call]]:
-    """All collectives issued through `torch.distributed` in here, in order."""
+    """All that this process issues through `torch.distributed` in here, and what its threads do."""
     calls: list[Call] = []
-    depth = 0
+    inside = threading.local()
 
     def wrap(kind: str, function: Any) -> Any:
+        signature = inspect.signature(function)
+
         def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal depth
+            depth = getattr(inside, "depth", 0)
             if depth == 0:
-                group = kwargs.get("group") or next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
-                ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
-                tensor = args[0] if args else next(iter(kwargs.values()))
-                tensor = tensor[0] if isinstance(tensor, list) else tensor
-                calls.append(Call(kind, ranks, tensor.numel(), str(tensor.dtype)))
-            depth += 1
+                calls.append(_call(kind, signature.bind(*args, **kwargs).arguments))
+            inside.depth = depth + 1
             try:
                 return function(*args, **kwargs)
             finally:
-                depth -= 1
+                inside.depth = depth
 
         return counted
 
@@ -64,3 +83,14 @@ def collectives() -> Iterator[list[Call]]:
     finally:
         for each in reversed(patches):
             each.stop()
+
+
+def _call(kind: str, arguments: dict[str, Any]) -> Call:
+    group = arguments.get("group") or dist.group.WORLD
+    ranks = tuple(dist.get_process_group_ranks(group))
+    first = next(iter(arguments.values()))
+    tensor = first[0] if isinstance(first, list) else first
+    to = None
+    if kind == "send":
+        to = arguments["dst"] if arguments.get("dst") is not None else ranks[arguments["group_dst"]]
+    return Call(kind, ranks, group.group_name, tensor.numel(), tensor.dtype, to)

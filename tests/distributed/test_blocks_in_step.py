@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lightning_mics.groups import Groups
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
-from tests.distributed.counting import collectives
 from tests.distributed.ranks import run_ranks
 
 WIDTH, BLOCKS = 6, 4
@@ -180,22 +179,25 @@ def test_training_goes_on_after_inference_mode() -> None:
     assert run_ranks(4, evaluate_then_train, torch.inference_mode) == run_ranks(4, evaluate_then_train, torch.no_grad)
 
 
-def overlap() -> list[str]:
-    """The kinds of collectives of a boundary's backward, and where backward ended."""
+def overlap(partition_size: int) -> tuple[list[str], list[str]]:
+    """What was handed to hop 2 in a boundary's backward when autograd was through, and what in the whole of it."""
     n = dist.get_world_size()
-    root = shard(Skipping(), Groups.create(Topology(n, n, 2), "cpu"))
+    root = shard(Skipping(), Groups.create(Topology(n, n, partition_size), "cpu"))
     root.one_backward = True
+    assert root.wire.hop_2 is not None
+    log = root.wire.hop_2.channel.log = []
     root.window.begin(0)
     loss = root(data(0, 0), range(BLOCKS))
-    replication = tuple(dist.get_process_group_ranks(root.groups.replication_group))
-    with collectives() as calls, root.window.backward():
+    with root.window.backward():
         loss.backward()
-        calls.append(None)  # type: ignore[arg-type]
-    return ["end" if c is None else ("hop 2" if c.ranks == replication else c.kind) for c in calls]
+        begun = [transfer.what for transfer in log]
+    assert all(transfer.is_completed() for transfer in log)
+    return begun, [transfer.what for transfer in log]
 
 
-def test_hop_2_of_a_block_starts_before_backward_ends() -> None:
-    for kinds in run_ranks(4, overlap):
-        assert kinds.index("hop 2") < kinds.index("end")
-        assert kinds[: kinds.index("end")].count("hop 2") == BLOCKS
-        assert kinds.count("hop 2") == BLOCKS + 1
+@pytest.mark.parametrize("partition_size", [1, 2])
+def test_hop_2_of_a_block_starts_before_backward_ends(partition_size: int) -> None:
+    blocks = [f"hop 2 of layers.{index}" for index in reversed(range(BLOCKS))]
+    for begun, all_of_it in run_ranks(4, overlap, partition_size):
+        assert begun == blocks
+        assert all_of_it == [*blocks, "hop 2 of parameters' usage", "hop 2 of what lies outside the blocks"]

@@ -1,31 +1,49 @@
-"""What travels, and between whom, in each micro-step: counted at torch.distributed, on real ranks."""
+"""What travels, to whom, in each micro-step: counted at torch.distributed, on real ranks, against formulas by hand."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_mics.groups import Groups
+from lightning_mics.groups import Groups, Tiers
+from lightning_mics.ladder import RUNGS, Gradients, Parameters, Rung
+from lightning_mics.network import Network, Tier
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 from tests.distributed.counting import Call, collectives
 from tests.distributed.ranks import run_ranks
 
 LAYERS, VOCAB, SEQ, WINDOW = 3, 64, 8, 4
-# The blocks, and what lies outside them: each travels in a collective of its own.
-BUCKETS = LAYERS + 1
 
 Steps = list[list[Call]]
+Sent = Counter[int]
+"""Elements by the global rank they went to."""
+
+# A network on which two tiers are worth their while for every message, and one on which they are for none.
+TWO_TIERS = Network(Tier(0.0, 1e9), Tier(0.0, 1e8))
+ONE_TIER = Network(Tier(1.0, 1e9), Tier(0.0, 1e9))
 
 
 def gpt() -> nn.Module:
+    """Every first dim is a multiple of four, so that no shard of p = 2 or 4 is padded."""
     config = GPT2Config(n_layer=LAYERS, n_embd=16, n_head=2, vocab_size=VOCAB, n_positions=SEQ)
     config.bos_token_id = config.eos_token_id = 0
     return GPT2LMHeadModel(config)
+
+
+def numels() -> tuple[int, int, int]:
+    """Of a block, of what lies outside the blocks, and of what says who used which parameter.
+
+    The last is a number for each parameter, and one for who came near a memory budget.
+    """
+    model = gpt()
+    block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    return block, sum(p.numel() for p in model.parameters()) - LAYERS * block, len([*model.parameters()]) + 1
 
 
 def window_of_calls(root: MiCSModule, window: int = WINDOW) -> Steps:
@@ -50,56 +68,183 @@ def window_of_calls(root: MiCSModule, window: int = WINDOW) -> Steps:
     return [*steps, calls]
 
 
-def assert_wire(steps: Steps, topology: Topology, rank: int, numels: list[int], local_numel: int) -> None:
-    """The whole rule, for the steps that `rank` saw.
+# -- by hand -----------------------------------------------------------------------------------------------------------
 
-    Args:
-        numels: elements of each parameter, which hop 1 and the gathers pad to a multiple of p in dim 0.
-        local_numel: elements of this rank's shards.
+Nodes = tuple[tuple[int, ...], ...]
+
+
+def gather_sends(nodes: Nodes, rank: int, slots: dict[int, int]) -> Sent:
+    """A gather among N nodes of k ranks, of slots of s elements each.
+
+    Between nodes, a rank's slot goes to its place in each of the N-1 others; then the N slots of its place go to each
+    of the k-1 others of its node. All in all (N-1) s + N (k-1) s = (p-1) s, of which a node's k ranks send
+    k (N-1) s = (p-k) s to others.
     """
+    node, place = _node_and_place(nodes, rank)
+    sent = Counter({other: slots[rank] for other in place}) | Counter({o: sum(map(slots.get, place)) for o in node})
+    del sent[rank]
+    return +sent
+
+
+def reduce_sends(nodes: Nodes, rank: int, slots: dict[int, int]) -> Sent:
+    """The mirror: the N slots of each of the k-1 others of the node go there; then N-1 sums go to their nodes."""
+    node, place = _node_and_place(nodes, rank)
+    sent = Counter({other: slots[other] for other in place})
+    sent |= Counter({other: sum(map(slots.get, _node_and_place(nodes, other)[1])) for other in node})
+    del sent[rank]
+    return +sent
+
+
+def all_reduce_sends(nodes: Nodes, rank: int, numel: int) -> Sent:
+    """A reduce-scatter and a gather of r slots; the first are longer by one where r does not divide `numel`."""
+    ranks = [rank for node in nodes for rank in node]
+    slots = {rank: len(range(index, numel, len(ranks))) for index, rank in enumerate(ranks)}
+    return reduce_sends(nodes, rank, slots) + gather_sends(nodes, rank, slots)
+
+
+def _node_and_place(nodes: Nodes, rank: int) -> tuple[list[int], list[int]]:
+    node = next(list(ranks) for ranks in nodes if rank in ranks)
+    return node, [ranks[node.index(rank)] for ranks in nodes]
+
+
+def times(sent: Sent, count: int) -> Sent:
+    return Counter({rank: numel * count for rank, numel in sent.items() if count})
+
+
+def partition_and_replicas(topology: Topology, two_tiers: bool, rank: int) -> tuple[Nodes, Nodes]:
+    """The two groups of a rank, by node; as though on one node where messages go flat."""
+    partition = topology.by_node(topology.partition_groups[topology.replica_of(rank)])
+    replicas = topology.by_node(topology.replication_groups[topology.shard_of(rank)])
+    return (partition, replicas) if two_tiers else ((sum(partition, ()),), (sum(replicas, ()),))
+
+
+def sends_of_step(
+    topology: Topology, two_tiers: bool, rank: int, rung: Rung, step: int, window: int
+) -> dict[str, Sent]:
+    """What `rank` sends for each kind of traffic in a micro-step, by the table of `Rung` and the formulas above."""
     p, r = topology.partition_size, topology.replicas
-    partition = topology.partition_groups[topology.replica_of(rank)]
-    replication = topology.replication_groups[topology.shard_of(rank)]
-    for calls in steps:
-        hop_1 = [call for call in calls if call.kind != "all_reduce"]
-        # A block is gathered for forward and again for backward, the rest once; each is reduced once.
-        gathers_and_reductions = {"all_gather": 2 * LAYERS + 1, "reduce_scatter": BUCKETS} if p > 1 else {}
-        assert Counter(call.kind for call in hop_1) == gathers_and_reductions
-        assert {call.ranks for call in hop_1} <= {partition}
-        assert sum(call.numel * p for call in hop_1 if call.kind == "reduce_scatter") >= (p > 1) * sum(numels)
-    *others, boundary = ([call for call in calls if call.kind == "all_reduce"] for calls in steps)
-    assert others == [[]] * (WINDOW - 1)
-    usage = [call for call in boundary if call.ranks == partition and p > 1]
-    assert [call.numel for call in usage] == [len(numels)] * (p > 1)
-    hop_2 = [call for call in boundary if call not in usage]
-    assert {call.ranks for call in hop_2} <= {replication}
-    assert len(hop_2) == (BUCKETS if r > 1 else 0)
-    # Which parameters were used rides with the last bucket.
-    assert sum(call.numel for call in hop_2) == (local_numel + len(numels) if r > 1 else 0)
+    partition, replicas = partition_and_replicas(topology, two_tiers, rank)
+    first, boundary = step == 0, step == window - 1
+    gathers = {Parameters.BLOCK: (2, 1), Parameters.MICRO_STEP: (1, 1), Parameters.WINDOW: (first, first)}
+    reductions = boundary or rung.gradients == Gradients.SHARDED
+    block, outside, usage = numels()
+    sent = {"gather": Sent(), "hop 1": Sent(), "hop 2": Sent()}
+    of_block, of_outside = gathers[rung.parameters]
+    for numel, in_window in [(block, of_block)] * LAYERS + [(outside, of_outside)]:
+        slots = dict.fromkeys(sum(partition, ()), numel // p)
+        sent["gather"] += times(gather_sends(partition, rank, slots), in_window)
+        sent["hop 1"] += times(reduce_sends(partition, rank, slots), reductions)
+        sent["hop 2"] += times(all_reduce_sends(replicas, rank, numel // p), boundary and r > 1)
+    sent["hop 2"] += times(all_reduce_sends(replicas, rank, usage), boundary and r > 1)  # who used what
+    return sent
 
 
-def local_numel(root: MiCSModule) -> int:
-    return sum(param.to_local().numel() for param in root.parameters())
+@pytest.mark.parametrize("nodes", [((0, 1, 2, 3, 4, 5),), ((0, 1, 2), (3, 4, 5)), ((0, 1), (2, 3), (4, 5))])
+def test_the_formulas_agree_on_a_whole_cluster(nodes: Nodes) -> None:
+    """What all ranks send arrives; a gather, its mirror, and twice a share of an all-reduce cost a rank (p-1) slots."""
+    k, p, slots = len(nodes[0]), 6, dict.fromkeys(range(6), 10)
+    for sends in (gather_sends, reduce_sends):
+        sent = {rank: sends(nodes, rank, slots) for rank in range(p)}
+        assert [each.total() for each in sent.values()] == [10 * (p - 1)] * p
+        for node in nodes:
+            leaves = sum(numel for rank in node for to, numel in sent[rank].items() if to not in node)
+            assert leaves == 10 * (p - k)
+            enters = sum(sent[rank][mate] for mate in node for rank in range(p) if rank not in node)
+            assert enters == leaves
+    assert sum(all_reduce_sends(nodes, rank, 61).total() for rank in range(p)) == 2 * 61 * (p - 1)
 
 
-def _steps(partition_size: int) -> tuple[Steps, Steps, int]:
-    root = shard(gpt(), Groups.create(Topology(4, 4, partition_size), "cpu"))
-    return window_of_calls(root), window_of_calls(root), local_numel(root)
+# -- on real ranks -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("partition_size", [1, 2, 4])
-def test_hop_1_each_micro_step_and_hop_2_once_a_window(partition_size: int) -> None:
-    topology = Topology(4, 4, partition_size)
-    numels = [param.numel() for param in gpt().parameters()]
-    for rank, (first, second, local) in enumerate(run_ranks(4, _steps, partition_size)):
-        assert local == sum(numels) / partition_size
-        assert_wire(first, topology, rank, numels, local)
-        assert second == first
+@dataclass(frozen=True)
+class Measured:
+    """One rank's micro-step: elements by kind of traffic and destination; dtypes; whatever was not a message."""
+
+    sent: dict[str, Sent]
+    dtypes: set[torch.dtype]
+    others: list[tuple[str, tuple[int, ...], int]]
 
 
-def _no_window() -> tuple[list[Call], list[Call]]:
+def traffic(groups: Groups) -> dict[str, str]:
+    """Names of process groups, and what travels on each."""
+    kinds: dict[str, str] = {}
+    for kind, tiers in (("gather", groups.gather), ("hop 1", groups.hop_1), ("hop 2", groups.hop_2)):
+        if isinstance(tiers, Tiers):
+            groups_of_kind = {tiers.everyone, tiers.intra_node, tiers.inter_node} - {None}
+            kinds |= {group.group_name: kind for group in groups_of_kind}
+    return kinds
+
+
+def measured(calls: list[Call], kinds: dict[str, str]) -> Measured:
+    sent = {"gather": Sent(), "hop 1": Sent(), "hop 2": Sent()}
+    messages = [call for call in calls if call.kind == "send"]
+    for call in messages:
+        sent[kinds[call.group]][call.to] += call.numel
+    others = [(call.kind, call.ranks, call.numel) for call in calls if call.kind != "send"]
+    return Measured(sent, {call.dtype for call in messages}, others)
+
+
+WINDOWS = (WINDOW, WINDOW, 1)
+
+
+def _measure(topology: Topology, network: Network) -> list[tuple[list[list[Measured]], list[tuple[int, ...]]]]:
+    """For each rung: the steps of windows of `WINDOWS`, one after the other, and the bytes foretold for each."""
+    groups = Groups.create(topology, "cpu")
+    kinds = traffic(groups)
+    results = []
+    for rung in RUNGS:
+        root = shard(gpt(), groups, rung=rung, network=network)
+        windows = [[measured(calls, kinds) for calls in window_of_calls(root, window)] for window in WINDOWS]
+        told = [root.wire_bytes(window) for window in WINDOWS]
+        results.append((windows, [(each.gather, each.hop_1, each.hop_2, each.inter_node) for each in told]))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_node", "partition_size", "network"),
+    [
+        pytest.param(2, 1, TWO_TIERS, id="p=1"),
+        pytest.param(2, 1, ONE_TIER, id="p=1, flat"),
+        pytest.param(2, 2, TWO_TIERS, id="p=2, a node each"),
+        pytest.param(4, 2, TWO_TIERS, id="p=2, in one node"),
+        pytest.param(2, 4, TWO_TIERS, id="p=4"),
+        pytest.param(2, 4, ONE_TIER, id="p=4, flat"),
+    ],
+)
+def test_every_element_of_every_rung(ranks_per_node: int, partition_size: int, network: Network) -> None:
+    """To whom how much, in every micro-step; that `wire_bytes` foretells it; and that hop 2 alone leaves the group."""
+    topology, two_tiers, usage = Topology(4, ranks_per_node, partition_size), network is TWO_TIERS, numels()[2]
+    for rank, results in enumerate(run_ranks(4, _measure, topology, network)):
+        partition = topology.partition_groups[topology.replica_of(rank)]
+        replicas = partition_and_replicas(topology, two_tiers, rank)[1]
+        riders = all_reduce_sends(replicas, rank, usage) if topology.replicas > 1 else Sent()
+        for rung, (windows, told) in zip(RUNGS, results, strict=True):
+            for window, steps, foretold in zip(WINDOWS, windows, told, strict=True):
+                assert len(steps) == window
+                total = {"gather": Sent(), "hop 1": Sent(), "hop 2": Sent()}
+                for number, step in enumerate(steps):
+                    expected = sends_of_step(topology, two_tiers, rank, rung, number, window)
+                    assert step.sent == expected, f"{rung}, window {window}, micro-step {number}"
+                    assert step.dtypes <= {torch.float32}
+                    who_used_what = ("all_reduce", partition, usage)
+                    boundary = number == window - 1
+                    assert step.others == [who_used_what] * (boundary and partition_size > 1)
+                    total = {kind: total[kind] + step.sent[kind] for kind in total}
+                total["hop 2"] -= riders
+                inter_node = sum(
+                    numel
+                    for sent in total.values()
+                    for to, numel in sent.items()
+                    if to // ranks_per_node != rank // ranks_per_node
+                )
+                assert (*(4 * each.total() for each in total.values()), 4 * inter_node) == foretold
+
+
+def _no_window() -> tuple[Measured, Measured]:
     """A forward for evaluation, and a boundary that had no backward on any rank."""
-    root = shard(gpt(), Groups.create(Topology(4, 4, 2), "cpu"))
+    groups = Groups.create(Topology(4, 4, 2), "cpu")
+    root = shard(gpt(), groups)
     root.one_backward = True
     tokens = torch.zeros(2, SEQ, dtype=torch.long)
     with collectives() as evaluation, torch.no_grad():
@@ -107,12 +252,16 @@ def _no_window() -> tuple[list[Call], list[Call]]:
         root.release()
     with collectives() as empty:
         root.window.close()
-    return evaluation, empty
+    return measured(evaluation, traffic(groups)), measured(empty, traffic(groups))
 
 
 def test_evaluation_stays_in_the_partition_group() -> None:
+    topology, (block, outside, usage) = Topology(4, 4, 2), numels()
     for rank, (evaluation, empty) in enumerate(run_ranks(4, _no_window)):
-        partition = Topology(4, 4, 2).partition_groups[rank // 2]
-        assert [(call.kind, call.ranks) for call in evaluation] == [("all_gather", partition)] * BUCKETS
-        # Other replicas may have gradients: this one takes part in hop 2 all the same.
-        assert Counter(call.ranks for call in empty) == {(rank % 2, rank % 2 + 2): BUCKETS, partition: 1}
+        neighbour, replica = rank ^ 1, (rank + 2) % 4
+        once = (LAYERS * block + outside) // 2
+        assert evaluation.sent == {"gather": Counter({neighbour: once}), "hop 1": Sent(), "hop 2": Sent()}
+        assert evaluation.others == []
+        # Other replicas may have gradients: this one takes part in hop 2 all the same, and in who used what.
+        assert empty.sent == {"gather": Sent(), "hop 1": Sent(), "hop 2": Counter({replica: once + usage})}
+        assert empty.others == [("all_reduce", topology.partition_groups[rank // 2], usage)]
