@@ -23,7 +23,7 @@ from lightning_mics.probe import probe as measure
 from lightning_mics.topology import ranks_per_node_from_environment
 from lightning_mics.version import __version__
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _HOW = "start it on every rank: torchrun --nproc-per-node 8 -m lightning_mics probe, or srun mics probe"
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+_REWEIGHTINGS = 20  # of the fit; they settle in less than ten
 
 Sample = tuple[int, float]
 
@@ -26,7 +27,7 @@ class Tier:
     Attributes:
         latency: seconds that a message takes however short it is.
         bandwidth: bytes per second and rank, in each direction, with all ranks of a node sending at once.
-        relative_error: root mean square of (line - measured) / measured over `samples`; 0 for a line that was not
+        relative_error: root mean square of (measured - line) / line over `samples`; 0 for a line that was not
             fitted.
         samples: pairs of a message's bytes and its seconds (a median).
 
@@ -69,7 +70,7 @@ class Tier:
                 f"samples={list(samples)}: seconds do not grow with bytes, so there is no bandwidth; measure larger "
                 "messages, or on a quieter machine"
             )
-        errors = [(latency + per_byte * size) / seconds - 1 for size, seconds in samples]
+        errors = [seconds / (latency + per_byte * size) - 1 for size, seconds in samples]
         error = math.sqrt(sum(e * e for e in errors) / len(errors))
         return cls(latency, 1 / per_byte, error, tuple(samples))
 
@@ -143,20 +144,28 @@ class Network:
 
 
 def _least_relative_squares(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Latency and seconds per byte, neither negative, with the least sum of ((line - seconds) / seconds)**2."""
-    weights = [1 / (seconds * seconds) for _, seconds in samples]
+    """Latency and seconds per byte, neither negative, with the least squares of (seconds - line) / line.
 
-    def mean(values: list[float]) -> float:
+    Errors are relative to the line, by weights that follow it: relative to what was measured, whatever took too long
+    would count for little, and the line would come out too low.
+    """
+    latency, per_byte = _weighted_line(samples, [1.0] * len(samples))
+    fastest = min(seconds for _, seconds in samples)
+    for _ in range(_REWEIGHTINGS):
+        line = [max(latency + per_byte * size, fastest) for size, _ in samples]
+        latency, per_byte = _weighted_line(samples, [1 / (value * value) for value in line])
+    return latency, per_byte
+
+
+def _weighted_line(samples: Sequence[Sample], weights: Sequence[float]) -> tuple[float, float]:
+    def mean(values: Iterable[float]) -> float:
         return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
 
-    sizes, times = [float(size) for size, _ in samples], [seconds for _, seconds in samples]
-    size, time = mean(sizes), mean(times)
-    spread = mean([(s - size) ** 2 for s in sizes])
-    per_byte = mean([(s - size) * (t - time) for s, t in zip(sizes, times, strict=True)]) / spread
-    latency = time - per_byte * size
+    size, seconds = mean(s for s, _ in samples), mean(t for _, t in samples)
+    per_byte = mean((s - size) * (t - seconds) for s, t in samples) / mean((s - size) ** 2 for s, _ in samples)
+    latency = seconds - per_byte * size
     if latency < 0:
-        square = mean([s * s for s in sizes])
-        return 0.0, mean([s * t for s, t in zip(sizes, times, strict=True)]) / square
+        return 0.0, mean(s * t for s, t in samples) / mean(s * s for s, _ in samples)
     return latency, per_byte
 
 

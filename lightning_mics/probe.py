@@ -2,7 +2,8 @@
 
 Every rank sends to the next one and receives from the one before it, all at once: in a ring inside each node, then in a
 ring of the ranks of equal local rank on all nodes. So the ranks of a node share its network card while it is measured,
-as they do in training. Sizes double from 1 KiB until a message takes long; a line is fitted to the medians of several rounds.
+as they do in training. Sizes double from 1 KiB until a message takes long. A line is fitted to the medians of several
+rounds.
 """
 
 from __future__ import annotations

@@ -33,15 +33,26 @@ def test_errors_are_relative_so_that_small_messages_count() -> None:
     assert Tier.fit(times).latency == pytest.approx(1e-5, rel=0.1)
 
 
+def test_what_took_too_long_does_not_pull_the_line_down() -> None:
+    """Every second message takes half as long again: on average 1.25 of the line, give or take 20 % of that."""
+    times = [(size, 1e-4 + size / 1e8) for size in SIZES]
+    tier = Tier.fit([*times, *((size, 1.5 * seconds) for size, seconds in times)])
+    assert tier.latency == pytest.approx(1.25e-4) and tier.bandwidth == pytest.approx(1e8 / 1.25)
+    assert tier.relative_error == pytest.approx(0.2)
+
+
+def test_disturbed_small_messages_do_not_turn_the_line_around() -> None:
+    """The smallest four took twenty times too long; large ones still tell the bandwidth."""
+    times = [(size, (1e-4 + size / 1e9) * (20 if size < 2**14 else 1)) for size in (2**i for i in range(10, 27))]
+    assert 0.5e9 < Tier.fit(times).bandwidth < 2e9
+
+
 def test_the_line_is_never_below_zero() -> None:
-    """By hand: slope 0 intercept, sum((s/B - t)/t)**2 least at 1/B = sum(s/t) / sum(s**2/t**2)."""
-    times = [(100, 0.5), (200, 1.5)]
-    tier = Tier.fit(times)
+    """By hand: through the origin, errors relative to the line are least for the mean of seconds / bytes."""
+    tier = Tier.fit([(100, 0.5), (200, 1.5)])
     assert tier.latency == 0.0
-    assert 1 / tier.bandwidth == pytest.approx((200 + 400 / 3) / (200**2 + (400 / 3) ** 2))
-    assert tier.relative_error == pytest.approx(
-        math.sqrt(((100 / tier.bandwidth / 0.5 - 1) ** 2 + (200 / tier.bandwidth / 1.5 - 1) ** 2) / 2)
-    )
+    assert 1 / tier.bandwidth == pytest.approx((0.5 / 100 + 1.5 / 200) / 2)
+    assert tier.relative_error == pytest.approx(0.2)  # 0.5 for 0.625, and 1.5 for 1.25
 
 
 def test_seconds() -> None:

@@ -1,0 +1,120 @@
+"""The probe on real ranks: who sends to whom, what is written down, and what a link of a known rate turns out to be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.cluster import Link, VirtualCluster, unavailable
+from lightning_mics import probe as module
+from lightning_mics.network import Network, Tier
+from lightning_mics.probe import probe
+from tests.distributed.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def _peers(ranks_per_node: int) -> list[tuple[int, int]]:
+    """Whom this rank sent to and received from, in order, each pair once."""
+    pairs: list[tuple[int, int]] = []
+    real: Callable[..., Any] = dist.batch_isend_irecv
+
+    def seen(operations: list[Any]) -> Any:
+        to, source = operations
+        if (to.op, source.op) != (dist.isend, dist.irecv) or to.tensor.numel() != source.tensor.numel():
+            raise AssertionError(f"{operations} is not one message each way")
+        pairs.append((to.peer, source.peer))
+        return real(operations)
+
+    with (
+        patch.object(dist, "batch_isend_irecv", seen),
+        patch.object(module, "_SIZES", (8,)),
+        patch.object(Tier, "fit", lambda _: Tier(1.0, 1.0)),
+    ):
+        probe(ranks_per_node, CPU)
+    return list(dict.fromkeys(pairs))
+
+
+@pytest.mark.parametrize(
+    ("world", "ranks_per_node", "rank", "peers"),
+    [
+        (4, 2, 1, [(0, 0), (3, 3)]),
+        (6, 3, 4, [(5, 3), (1, 1)]),
+        (6, 2, 5, [(4, 4), (1, 3)]),
+        (3, 3, 0, [(1, 2)]),
+        (3, 1, 0, [(1, 2)]),
+    ],
+)
+def test_rings_inside_nodes_and_then_between_them(
+    world: int, ranks_per_node: int, rank: int, peers: list[tuple[int, int]]
+) -> None:
+    assert run_ranks(world, _peers, ranks_per_node)[rank] == peers
+
+
+LATENCY, BANDWIDTH = 2e-3, 50e6
+
+
+class Clock:
+    """Time passes in messages alone; on rank 0 they take twice as long."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def exchange(self, size: int) -> None:
+        self.now += (LATENCY + size / BANDWIDTH) / (1 + dist.get_rank())
+
+
+def _on_a_known_network(ranks_per_node: int) -> Network:
+    clock = Clock()
+    with patch.object(module, "time", clock), patch.object(module, "_exchange", lambda *_: clock.exchange):
+        return probe(ranks_per_node, CPU)
+
+
+@pytest.mark.parametrize(("ranks_per_node", "measured", "assumed"), [(2, "intra", "inter"), (1, "inter", "intra")])
+def test_the_slowest_ranks_line_is_found_and_a_tier_that_is_not_there_is_assumed(
+    ranks_per_node: int, measured: str, assumed: str
+) -> None:
+    ours, theirs = run_ranks(2, _on_a_known_network, ranks_per_node)
+    assert ours == theirs
+    tier = getattr(ours, measured)
+    assert tier.latency == pytest.approx(LATENCY) and tier.bandwidth == pytest.approx(BANDWIDTH)
+    assert tier.samples[0][0] == 1024 and tier.samples[-2][1] < 0.3 < tier.samples[-1][1]
+    assert getattr(ours, assumed) == getattr(Network.default(ranks_per_node, "cpu"), assumed)
+    assert ours.source.startswith("measured ") and ours.source.endswith(f"gloo on cpu; {assumed} assumed")
+
+
+def _refused() -> str:
+    with pytest.raises(ValueError) as refusal:
+        probe(2 if dist.get_world_size() > 1 else 1, CPU)
+    return str(refusal.value)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    assert run_ranks(1, _refused)[0].startswith("one rank has no network to measure; start several")
+    assert all("ranks_per_node=2 does not divide world_size=3" in said for said in run_ranks(3, _refused))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("rate", [1e8, 4e8])
+def test_ranks_of_a_node_share_a_link_of_a_known_rate(tmp_path: Path, rate: float) -> None:
+    if reason := unavailable():
+        pytest.skip(reason)
+    file = tmp_path / "network.json"
+    with VirtualCluster(nodes=2, ranks_per_node=2, link=Link(rate)) as cluster:
+        cluster.torchrun("-m", "lightning_mics", "probe", "--output", str(file), timeout=300)
+    network = Network.load(file)
+    assert 2 * 8 * network.inter.bandwidth == pytest.approx(rate, rel=0.2)
+    assert network.intra.bandwidth > network.inter.bandwidth
+    content = json.loads(file.read_text())
+    assert (content["nodes"], content["ranks_per_node"], content["backend"]) == (2, 2, "gloo")

@@ -1,0 +1,76 @@
+"""`mics` as it is started: by torchrun, by SLURM, and by someone who forgot both."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lightning_mics.cli import app
+from lightning_mics.network import Network
+from lightning_mics.version import __version__
+
+PROBE = ["-m", "lightning_mics", "probe", "--device", "cpu", "--output", "network.json"]
+
+
+def _start(command: list[str], folder: Path, **env: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    everything = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", **env}
+    return subprocess.Popen(command, cwd=folder, env=everything, stdout=subprocess.PIPE, text=True)
+
+
+def _outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def _by_torchrun(folder: Path) -> list[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return _outputs([_start([sys.executable, *start, *PROBE], folder)])
+
+
+def _by_slurm(folder: Path) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_JOB_NAME": "probe",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NODELIST": "127.0.0.1",
+    }
+    job |= {"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "MASTER_PORT": port}
+    return _outputs([_start([sys.executable, *PROBE], folder, **job, SLURM_PROCID=rank) for rank in "01"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "measured"), [(_by_torchrun, "intra"), (_by_slurm, "inter")])
+def test_the_probe_writes_a_file_that_names_no_machine(tmp_path: Path, launch: object, measured: str) -> None:
+    said = "".join(launch(tmp_path))  # type: ignore[operator]
+    assert said.count("written to network.json") == 1
+    network = Network.load(tmp_path / "network.json")
+    assert {"intra": network.intra, "inter": network.inter}[measured].samples
+    text = (tmp_path / "network.json").read_text()
+    assert __version__ in text and torch.__version__ in text
+    assert socket.gethostname() not in text and "127.0.0.1" not in text
+
+
+def test_the_probe_alone_says_how_to_start_it() -> None:
+    result = CliRunner().invoke(app, ["probe"])
+    assert result.exit_code == 2 and "start it on every rank: torchrun" in " ".join(result.output.split())
+
+
+def test_help_names_the_commands() -> None:
+    assert "probe" in CliRunner().invoke(app, ["--help"]).output
