@@ -32,7 +32,8 @@ def test_the_rung_without_a_name_is_two_hop() -> None:
 def test_a_rung_that_is_none_is_refused(name: object) -> None:
     with pytest.raises(ValueError) as refused:
         Rung.parse(name)  # type: ignore[arg-type]
-    assert str(refused.value) == f"rung={name!r} is not on the memory ladder; choose one of {', '.join(NAMES)}"
+    choice = f"choose one of {', '.join(NAMES)}, or 'auto'"
+    assert str(refused.value) == f"rung={name!r} is not on the memory ladder; {choice}"
 
 
 @pytest.mark.parametrize(
