@@ -149,11 +149,11 @@ def _least_relative_squares(samples: Sequence[Sample]) -> tuple[float, float]:
     Errors are relative to the line, by weights that follow it: relative to what was measured, whatever took too long
     would count for little, and the line would come out too low.
     """
-    latency, per_byte = _weighted_line(samples, [1.0] * len(samples))
-    fastest = min(seconds for _, seconds in samples)
+    line = [seconds for _, seconds in samples]
+    latency = per_byte = 0.0
     for _ in range(_REWEIGHTINGS):
-        line = [max(latency + per_byte * size, fastest) for size, _ in samples]
         latency, per_byte = _weighted_line(samples, [1 / (value * value) for value in line])
+        line = [latency + per_byte * size for size, _ in samples]
     return latency, per_byte
 
 
