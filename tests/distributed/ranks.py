@@ -20,6 +20,7 @@ _context = multiprocessing.get_context("forkserver")
 # What the tests import, too: a rank that imports it by itself spends four seconds on that.
 _context.set_forkserver_preload(
     [
+        "hypothesis.strategies",
         "lightning_mics",
         "pytest",
         "torch.distributed.checkpoint",

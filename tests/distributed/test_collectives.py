@@ -1,0 +1,279 @@
+"""Both forms of the collectives against their readable twins, on real ranks; the choice between flat and hierarchical.
+
+All ranks go through the same cases, drawn by hypothesis. A check raises nothing but notes what is wrong: a rank that
+stopped there would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_mics import collectives
+from lightning_mics.collectives import Collectives, Exchange, Native, flat_all_gather, flat_reduce_scatter
+from lightning_mics.groups import Tiers
+from lightning_mics.network import Network, Tier
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_wire import ONE_TIER, TWO_TIERS
+
+SHAPES = [(nodes, per_node) for nodes in (1, 2, 3) for per_node in (1, 2, 3)]
+EXAMPLES = 120
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One message.
+
+    Attributes:
+        shape: nodes, and ranks on each.
+        numel: elements of a slot; of the whole buffer in an all-reduce.
+        chunk_bytes: in place of `CHUNK_BYTES`.
+        dtype: of the buffer.
+        two_tiers: whether the network makes it hierarchical.
+        narrow: whether values cross between nodes in bf16.
+        integers: whether values are small integers, whose sums no rounding changes.
+        seed: of the values.
+    """
+
+    shape: tuple[int, int]
+    numel: int
+    chunk_bytes: int
+    dtype: torch.dtype
+    two_tiers: bool
+    narrow: bool
+    integers: bool
+    seed: int
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def form(self, cls: type[Collectives], tiers: Tiers) -> Collectives:
+        return cls(tiers, TWO_TIERS if self.two_tiers else ONE_TIER, torch.bfloat16 if self.narrow else None)
+
+    def values(self, rank: int, numel: int) -> Tensor:
+        """What `rank` contributes: known to every rank."""
+        generator = torch.Generator().manual_seed(100 * self.seed + rank)
+        if self.integers or not self.dtype.is_floating_point:
+            low = -8 if self.dtype.is_floating_point else 0
+            return torch.randint(low, 9, (numel,), generator=generator).to(self.dtype)
+        return torch.randn(numel, generator=generator).to(self.dtype)
+
+
+def cases(dtypes: list[torch.dtype], **fixed: Any) -> st.SearchStrategy[Case]:
+    drawn = {
+        "shape": st.sampled_from(SHAPES),
+        "numel": st.integers(0, 67),
+        "chunk_bytes": st.sampled_from([1, 16, 40, 1 << 20]),
+        "dtype": st.sampled_from(dtypes),
+        "two_tiers": st.booleans(),
+        "narrow": st.booleans(),
+        "integers": st.booleans(),
+        "seed": st.integers(0, 99),
+    }
+    return st.builds(Case, **(drawn | fixed))
+
+
+def tiers_of(nodes: int, per_node: int) -> Tiers | None:
+    """The first ranks of the world on so many nodes. Collective on the default group; None on the other ranks."""
+    rank, ranks = dist.get_rank(), tuple(tuple(range(n * per_node, (n + 1) * per_node)) for n in range(nodes))
+    everyone, insides = dist.new_group([*range(nodes * per_node)]), [dist.new_group([*node]) for node in ranks]
+    betweens = [dist.new_group([node[place] for node in ranks]) for place in range(per_node)]
+    if rank >= nodes * per_node:
+        return None
+    inside = insides[rank // per_node] if per_node > 1 else None
+    between = betweens[rank % per_node] if nodes > 1 else None
+    return Tiers(ranks, rank, everyone, inside, between)
+
+
+def drawn(strategy: st.SearchStrategy[Case]) -> list[Case]:
+    """What hypothesis would try: the same in every run."""
+    found: list[Case] = []
+
+    @settings(max_examples=EXAMPLES, derandomize=True, database=None)
+    @given(strategy)
+    def draw(case: Case) -> None:
+        found.append(case)
+
+    draw()
+    return found
+
+
+Check = Callable[[Case, type[Collectives], Tiers], str | None]
+
+
+def go_through(cases: dict[Check, list[Case]]) -> dict[Check, list[str]]:
+    """What each check finds wrong in the cases that this rank takes part in."""
+    tiers = {shape: tiers_of(*shape) for shape in SHAPES}
+    wrong: dict[Check, list[str]] = {check: [] for check in cases}
+    for check, each in cases.items():
+        for case, form in product(each, (Exchange, Native)):
+            if (mine := tiers[case.shape]) is not None:
+                with patch.object(collectives, "CHUNK_BYTES", case.chunk_bytes):
+                    if problem := check(case, form, mine):
+                        wrong[check].append(f"{form.__name__}, {case}: {problem}")
+    return wrong
+
+
+@functools.cache
+def found_wrong() -> dict[Check, list[str]]:
+    """What each check found, on any rank; all of them in one set of processes."""
+    cases_of = {_gathered: cases([*FLOATS, torch.uint8]), _scattered: cases(FLOATS), _all_reduced: cases(FLOATS)}
+    results = run_ranks(9, go_through, {check: drawn(each) for check, each in cases_of.items()})
+    return {check: [problem for result in results for problem in result[check]] for check in cases_of}
+
+
+# -- what each must give -----------------------------------------------------------------------------------------------
+
+
+def _gathered(case: Case, form: type[Collectives], tiers: Tiers) -> str | None:
+    """The twin's result; where values crossed between nodes in fewer bits, those of other nodes are rounded to them."""
+    own = case.values(tiers.rank, case.numel)
+    ours, twin = (torch.full((case.size * case.numel,), 77).to(case.dtype) for _ in range(2))
+    for buffer in (ours, twin):
+        buffer[tiers.rank * case.numel : (tiers.rank + 1) * case.numel] = own
+    case.form(form, tiers).all_gather(ours)
+    flat_all_gather(twin, tiers)
+    if case.narrow and case.dtype == torch.float32:
+        by_node = twin.view(case.shape[0], -1)
+        rounded = by_node.bfloat16().float()
+        rounded[tiers.node] = by_node[tiers.node]
+        twin = rounded.view(-1)
+    return None if torch.equal(ours, twin) else f"{ours} for {twin}"
+
+
+def rounding(case: Case, form: type[Collectives], tiers: Tiers, *, all_reduce: bool) -> float:
+    """How far a sum over p ranks may be from the exact one, relative to the sum of magnitudes.
+
+    With u half the spacing of numbers just above 1, a rounding changes a value by a factor within 1 +- u. `Exchange`
+    adds in fp32 at least, p-1 times, and rounds to the dtype once a stage; an all-reduce that crosses between nodes in
+    bf16 rounds partial sums to it before, and the sum after. gloo, under `Native`, rounds to the dtype at each of p-1
+    additions. m roundings one after the other give a factor within (1 + u)**m.
+    """
+    u, u32, u_narrow = (torch.finfo(dtype).eps / 2 for dtype in (case.dtype, torch.float32, torch.bfloat16))
+    hierarchical = min(case.shape) > 1 and (case.two_tiers or case.narrow)
+    stages = (2 if hierarchical else 1) if form is Exchange else case.size - 1
+    factor = (1 + u32) ** (case.size - 1) * (
+        1 if case.dtype == torch.float32 and form is Exchange else (1 + u) ** stages
+    )
+    if all_reduce and case.narrow and case.dtype == torch.float32 and tiers.nodes > 1:
+        factor *= (1 + u_narrow) ** 2
+    return factor - 1
+
+
+def off(ours: Tensor, contributions: list[Tensor], relative: float) -> str | None:
+    """Whether a sum is further from the exact one (in fp64) than `relative` allows, of the sum of magnitudes."""
+    exact = torch.stack([each.double() for each in contributions])
+    tiny = torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps  # where no relative precision is left
+    far = (ours.double() - exact.sum(0)).abs() - relative * exact.abs().sum(0) - 2 * tiny
+    return None if ours.numel() == 0 or far.max() <= 0 else f"{ours} for {exact.sum(0)}: {far.max():.2g} too far"
+
+
+def _scattered(case: Case, form: type[Collectives], tiers: Tiers) -> str | None:
+    whole = [case.values(rank, case.size * case.numel) for rank in range(case.size)]
+    ours = case.form(form, tiers).reduce_scatter(whole[tiers.rank].clone())
+    given = torch.full((case.numel,), 77).to(case.dtype)
+    returned = case.form(form, tiers).reduce_scatter(whole[tiers.rank].clone(), given)
+    twin = flat_reduce_scatter(whole[tiers.rank], tiers)
+    own = slice(tiers.rank * case.numel, (tiers.rank + 1) * case.numel)
+    if ours.shape != twin.shape or ours.dtype != twin.dtype:
+        return f"{ours.dtype}, {tuple(ours.shape)}"
+    if returned is not given or not torch.equal(given, ours):
+        return f"{given} in the given tensor, {ours} in its own"
+    if case.integers:
+        return None if torch.equal(ours, twin) else f"{ours} for {twin}"
+    mine = [each[own] for each in whole]
+    twins = (1 + torch.finfo(torch.float32).eps / 2) ** (case.size - 1) * (1 + torch.finfo(case.dtype).eps / 2) - 1
+    return off(twin, mine, twins) or off(ours, mine, rounding(case, form, tiers, all_reduce=False))
+
+
+def _all_reduced(case: Case, form: type[Collectives], tiers: Tiers) -> str | None:
+    """Any length, fewer than the ranks as well; the same bits everywhere."""
+    contributions = [case.values(rank, case.numel) for rank in range(case.size)]
+    ours = contributions[tiers.rank].clone()
+    case.form(form, tiers).all_reduce(ours)
+    digest = torch.tensor(list(hashlib.sha1(ours.view(torch.uint8).numpy().tobytes()).digest()))
+    digests = [torch.empty_like(digest) for _ in range(case.size)]
+    dist.all_gather(digests, digest, group=tiers.everyone)
+    if any(not torch.equal(each, digest) for each in digests):
+        return f"not the same on all ranks; here {ours}"
+    if case.integers:  # at most 9 x 8, which bf16 still holds
+        exact = torch.stack(contributions).sum(0)
+        return None if torch.equal(ours, exact) else f"{ours} for {exact}"
+    return off(ours, contributions, rounding(case, form, tiers, all_reduce=True))
+
+
+def test_a_gather_is_the_twins_bit_for_bit() -> None:
+    assert found_wrong()[_gathered] == []
+
+
+def test_a_reduce_scatter_is_the_twins_but_for_rounding() -> None:
+    assert found_wrong()[_scattered] == []
+
+
+def test_an_all_reduce_of_any_length_is_the_same_on_every_rank() -> None:
+    assert found_wrong()[_all_reduced] == []
+
+
+def _maximum() -> str:
+    tiers = tiers_of(1, 2)
+    assert tiers is not None
+    with pytest.raises(ValueError) as refused:
+        Exchange(tiers, TWO_TIERS).reduce_scatter(torch.ones(2), op=dist.ReduceOp.MAX)
+    return str(refused.value)
+
+
+def test_what_cannot_be_added_is_refused() -> None:
+    for message in run_ranks(2, _maximum):
+        assert message.startswith("op=") and "choose ReduceOp.SUM" in message
+
+
+# -- flat or hierarchical ----------------------------------------------------------------------------------------------
+
+
+def both(form: type[Collectives], nodes: int, per_node: int, network: Network) -> Collectives:
+    """On no process group at all: the choice is arithmetic."""
+    ranks = tuple(tuple(range(n * per_node, (n + 1) * per_node)) for n in range(nodes))
+    return form(Tiers(ranks, 0, None, None, None), network)  # type: ignore[arg-type]
+
+
+def test_exchange_goes_the_faster_way() -> None:
+    """2 x 2, 1 ms on each tier, 1 GB/s inside, 0.1 GB/s between; s in bytes below a chunk of 1 MiB:
+
+    hierarchical 1 ms + s/1e8 + 1 ms + s/1e9, flat 1 ms + 2 s/1e8; even at s = 1e-3 / (1e-8 - 1e-9) = 111,111.
+    A longer slot passes only its last chunk on behind the crossing: hierarchical 2 ms + s/1e8 + 2**20/1e9.
+    """
+    form = both(Exchange, 2, 2, Network(Tier(1e-3, 1e9), Tier(1e-3, 1e8)))
+    assert form.seconds(100_000) == pytest.approx((2e-3 + 1e-3 + 1e-4, 1e-3 + 2e-3))
+    assert form.seconds(10_000_000) == pytest.approx((2e-3 + 0.1 + 2**20 / 1e9, 1e-3 + 0.2))
+    assert (form.tiers_for(111_000).nodes, form.tiers_for(111_200).nodes) == (1, 2)
+
+
+def test_native_goes_the_faster_way() -> None:
+    """The same with 3 ms inside the nodes. Rings of one step each, then two slots; or of three, each past one door:
+
+    hierarchical 1 ms + s/1e8 + 3 ms + 2 s/1e9, flat 3 (1 ms + s/2/1e8); even at s = 1e-3 / (1.5e-8 - 1.2e-8) = 333,333.
+    """
+    form = both(Native, 2, 2, Network(Tier(3e-3, 1e9), Tier(1e-3, 1e8)))
+    assert form.seconds(1_000_000) == pytest.approx((4e-3 + 12e-3, 3e-3 + 15e-3))
+    assert (form.tiers_for(333_000).nodes, form.tiers_for(333_700).nodes) == (1, 2)
+
+
+@pytest.mark.parametrize("form", [Exchange, Native])
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1)])
+def test_one_tier_leaves_no_choice(form: type[Collectives], shape: tuple[int, int]) -> None:
+    tiers = both(form, *shape, ONE_TIER).tiers_for(1)
+    assert (tiers.nodes, tiers.per_node) == shape
