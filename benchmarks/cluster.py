@@ -296,6 +296,7 @@ _ENVIRONMENT = {
     "TP_SOCKET_IFNAME": WIRE,
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # or it warns of addresses that have no name
 }
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -155,33 +154,36 @@ class Entry:
 
     Attributes:
         says: what it is, in a line.
-        make: the peer on a topology in windows of so many micro-steps, made by all ranks together.
+        make: the peer on a topology, for windows of so many micro-steps; made by all ranks together.
         rung: what it keeps whole.
-        partition_size: over how many ranks it shards, for a topology.
-        applies: whether it is a peer of its own on a topology.
+        fixed: the partition size that it has whatever is asked for, for a world size; None if it takes any.
+        applies: whether it is a peer of its own on a topology, if it takes any.
         missing: why it cannot be made here, or None.
     """
 
     says: str
     make: Callable[[Topology, int], Peer]
     rung: Rung
-    partition_size: Callable[[Topology], int] = lambda topology: topology.partition_size
+    fixed: Callable[[int], int] | None = None
     applies: Callable[[Topology], bool] = lambda topology: True
     missing: Callable[[], str | None] = lambda: None
 
-    def bound_topology(self, topology: Topology) -> Topology:
-        """The topology that the peer really has, whatever partition size was asked for."""
-        return Topology(topology.world_size, topology.ranks_per_node, self.partition_size(topology))
+    def topologies(self, asked: Sequence[Topology]) -> list[Topology]:
+        """Those of `asked` that it takes part in, or the one that it has in any case."""
+        if self.fixed is None:
+            return [topology for topology in asked if self.applies(topology)]
+        n, k = asked[0].world_size, asked[0].ranks_per_node
+        return [Topology(n, k, self.fixed(n))]
 
 
-def all_ranks(topology: Topology) -> int:
-    """p = n."""
-    return topology.world_size
-
-
-def one_rank(topology: Topology) -> int:
+def one_rank(world_size: int) -> int:
     """p = 1."""
     return 1
+
+
+def all_ranks(world_size: int) -> int:
+    """p = n."""
+    return world_size
 
 
 def is_hybrid(topology: Topology) -> bool:
@@ -201,9 +203,12 @@ def mesh_of(topology: Topology) -> DeviceMesh:
     return init_device_mesh("cpu", (n // p, p), mesh_dim_names=("replicate", "shard"))
 
 
-def _zero3(rung: Rung, topology: Topology, window: int) -> Peer:
-    n = dist.get_world_size()
-    return FSDP2(mesh_of(Topology(n, topology.ranks_per_node, n)), rung)
+def _alone(topology: Topology, window: int) -> Peer:
+    return Alone()
+
+
+def _ddp(topology: Topology, window: int) -> Peer:
+    return DDP()
 
 
 def _fsdp2(rung: Rung, topology: Topology, window: int) -> Peer:
@@ -214,25 +219,27 @@ def _hsdp_every(topology: Topology, window: int) -> Peer:
     return FSDP2(mesh_of(topology), Rung(), hop_2_every_micro_step=True)
 
 
+def _mics(rung: Rung, topology: Topology, window: int) -> Peer:
+    return MiCS(topology, rung)
+
+
 _KEEP = Rung(Parameters.MICRO_STEP)
 _WHOLE = Rung(Parameters.WINDOW, Gradients.WHOLE)
 
 PEERS: dict[str, Entry] = {
-    "alone": Entry("no communication: computing alone", lambda t, w: Alone(), _WHOLE, one_rank),
-    "ddp": Entry("DistributedDataParallel", lambda t, w: DDP(), _WHOLE, one_rank),
-    "zero3": Entry("FSDP2 over all ranks", partial(_zero3, Rung()), Rung(), all_ranks),
-    "zero3-keep": Entry("FSDP2 over all ranks, reshard_after_forward=False", partial(_zero3, _KEEP), _KEEP, all_ranks),
+    "alone": Entry("no communication: computing alone", _alone, _WHOLE, one_rank),
+    "ddp": Entry("DistributedDataParallel", _ddp, _WHOLE, one_rank),
+    "zero3": Entry("FSDP2 over all ranks", partial(_fsdp2, Rung()), Rung(), all_ranks),
+    "zero3-keep": Entry("the same, reshard_after_forward=False", partial(_fsdp2, _KEEP), _KEEP, all_ranks),
     "hsdp-every": Entry("FSDP2 hybrid, all-reduce in each micro-step", _hsdp_every, Rung(), applies=is_hybrid),
 }
 for _rung in RUNGS:
     PEERS[f"fsdp2:{_rung}"] = Entry(
-        f"FSDP2 at the same p by its public switches, {_rung}",
+        f"FSDP2 by its public switches, {_rung}",
         partial(_fsdp2, _rung),
         _rung,
         # Over all ranks, the first two are called zero3.
         applies=is_hybrid if _rung in (Rung(), _KEEP) else _is_sharded,
     )
 for _rung in RUNGS:
-    PEERS[f"mics:{_rung}"] = Entry(
-        f"lightning-mics, {_rung}", lambda t, w, rung=_rung: MiCS(t, rung), _rung, applies=_is_sharded
-    )
+    PEERS[f"mics:{_rung}"] = Entry(f"lightning-mics, {_rung}", partial(_mics, _rung), _rung, applies=_is_sharded)

@@ -14,22 +14,23 @@ _OURS = "mics:"
 
 
 def table(rows: Sequence[Row], shape: str) -> Iterator[Table]:
-    """A table for each partition size and window of the rows of one link and `shape`."""
-    for (link, _, p, window), group in groupby((row for row in rows if row.shape == shape), lambda row: row.case):
-        yield _case_table(f"{shape}, p = {p}, window {window}, {link}", [*group])
+    """A table for each window of the rows of one link and `shape`."""
+    for (link, _, window), group in groupby((row for row in rows if row.shape == shape), lambda row: row.case):
+        yield _case_table(f"{shape}, window {window}, {link}", [*group])
 
 
 def _case_table(title: str, rows: Sequence[Row]) -> Table:
     computing = next((row.median for row in rows if row.peer == "alone"), None)
     out = Table(title=title, title_justify="left")
-    for name in ("peer", "s / step", "IQR", "computing", "MB / step", "bound", "over bound", "peak MB", "loss"):
-        out.add_column(name, justify="left" if name == "peer" else "right")
+    for name in ("peer", "p", "s / step", "IQR", "computing", "MB out", "bound", "ratio", "peak MB", "loss"):
+        out.add_column(name, justify="left" if name == "peer" else "right", no_wrap=True)
     for row in rows:
         share = "" if computing is None else f"{computing / row.median:.0%}"
         over = "" if row.over_bound is None else f"{row.over_bound:.3f}"
         memory = "" if row.peak_memory is None else f"{row.peak_memory / 1e6:.1f}"
         out.add_row(
             row.peer,
+            str(row.partition_size),
             f"{row.median:.3f}",
             f"{row.spread:.3f}",
             share,
@@ -59,12 +60,12 @@ def picture(results: Results, file: Path) -> None:
         height_ratios=[len(rows) + 1 for _, rows in grouped],
         layout="constrained",
     )
-    for (times, sizes), ((link, shape, p, window), rows) in zip(axes, grouped, strict=True):
+    for (times, sizes), ((link, shape, window), rows) in zip(axes, grouped, strict=True):
         places = [-index for index in range(len(rows))]
         colors = ["C1" if row.peer.startswith(_OURS) else "C0" for row in rows]
         times.barh(places, [row.median for row in rows], xerr=[row.spread / 2 for row in rows], color=colors)
-        times.set_yticks(places, [row.peer for row in rows])
-        times.set_title(f"{shape}, p = {p}, window {window}, {link}: seconds an optimizer step", fontsize=9, loc="left")
+        times.set_yticks(places, [f"{row.peer}, p = {row.partition_size}" for row in rows])
+        times.set_title(f"{shape}, window {window}, {link}: seconds an optimizer step", fontsize=9, loc="left")
         sizes.barh(places, [row.sent_per_node / 1e6 for row in rows], color=colors)
         sizes.plot([row.bound / 1e6 for row in rows], places, "k|", markersize=11, label="lower bound")
         sizes.set_yticks(places, [""] * len(rows))

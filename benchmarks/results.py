@@ -26,7 +26,7 @@ class Row:
         link: as `str(Link)`.
         nodes: number of nodes.
         ranks_per_node: k.
-        partition_size: p that was asked for; the peer's own may be 1 or n whatever it is.
+        partition_size: p.
         window: micro-steps per optimizer step.
         peer: its name.
         rung: what it keeps whole, as "block/sharded".
@@ -57,9 +57,9 @@ class Row:
         return f"{self.nodes}x{self.ranks_per_node}"
 
     @property
-    def case(self) -> tuple[str, str, int, int]:
-        """What was equal for the peers beside it: link, shape, partition size, window."""
-        return self.link, self.shape, self.partition_size, self.window
+    def case(self) -> tuple[str, str, int]:
+        """What is equal for the rows that it stands beside: link, shape, window."""
+        return self.link, self.shape, self.window
 
     @property
     def median(self) -> float:

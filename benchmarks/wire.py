@@ -34,10 +34,13 @@ _WINDOWS = (1, 4, 16)
 _FOLDER = Path(__file__).parent / "results"
 # Memory is exact where freed blocks of memory go back at once.
 _MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-_QUICK_PEERS = ("alone", "ddp", "zero3", "hsdp-every", "fsdp2:block/sharded", "fsdp2:block/whole", "mics")
+_QUICK_PEERS = (
+    *("alone", "ddp", "zero3", "hsdp-every", "fsdp2:block/sharded"),
+    *("mics:block/sharded", "mics:micro_step/sharded", "mics:window/whole"),
+)
 
 app = typer.Typer(add_completion=False)
-console = Console()
+console = Console(width=max(120, Console().width))
 
 
 @app.command()
@@ -46,6 +49,8 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="Nodes x ranks per node, as 2x2.")] = None,
     window: Annotated[list[int] | None, typer.Option(help="Micro-steps per optimizer step.")] = None,
     partition_size: Annotated[list[int] | None, typer.Option(help="By default each that is allowed, but 1.")] = None,
+        list[int] | None, typer.Option(help="Of the peers that take any; by default each that is allowed, but 1.")
+    ] = None,
     peer: Annotated[list[str] | None, typer.Option(help="A peer, or the beginning of several names.")] = None,
     repetitions: Annotated[int, typer.Option(help="Optimizer steps that count, of each peer in each case.")] = 5,
     memory: Annotated[bool, typer.Option(help="Measure memory as well, in processes of its own.")] = True,
@@ -68,7 +73,8 @@ def main(
 
     for each in shapes:
         nodes, ranks = parse_shape(each)
-        plan = Plan("", nodes, ranks, cases(nodes, ranks, windows, partition_size), names, repetitions)
+        sizes = sizes_of(nodes, ranks, partition_size)
+        plan = Plan("", nodes, ranks, sizes, windows, names, repetitions)
         weights = dict(_weigh(plan)) if memory else {}
         for text in links:
             for row in measured(replace(plan, link=str(Link.parse(text))), Link.parse(text)):
@@ -113,11 +119,17 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def cases(nodes: int, ranks: int, windows: Iterable[int], sizes: Iterable[int] | None) -> list[tuple[int, int]]:
-    """Pairs of partition size and window; of `sizes`, those that the shape allows, or all of them but 1."""
+def sizes_of(nodes: int, ranks: int, wanted: Iterable[int] | None) -> list[int]:
+    """Partition sizes of a shape: of those `wanted` the allowed ones; by default all but 1.
+
+    Raises:
+        typer.BadParameter: if none is allowed.
+    """
     allowed = allowed_partition_sizes(nodes * ranks, ranks)
-    taken = [p for p in allowed if (p in sizes if sizes else p > 1)]
-    return [(p, window) for p in taken for window in windows]
+    sizes = [p for p in allowed if (p in wanted if wanted else p > 1)]
+    if not sizes:
+        raise typer.BadParameter(f"none of these partition sizes fits {nodes}x{ranks}; choose of {allowed}")
+    return sizes
 
 
 def measured(plan: Plan, link: Link) -> Iterator[Row]:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,7 +42,8 @@ class Plan:
         link: as `str(Link)`, for the rows.
         nodes: number of nodes.
         ranks_per_node: k.
-        cases: pairs of partition size and window.
+        partition_sizes: of the peers that take any.
+        windows: one case each, in which all peers take turns.
         peers: names.
         repetitions: optimizer steps that count, after one that does not.
         memory: whether to measure memory instead of time.
@@ -51,27 +52,26 @@ class Plan:
     link: str
     nodes: int
     ranks_per_node: int
-    cases: list[tuple[int, int]]
+    partition_sizes: list[int]
+    windows: list[int]
     peers: list[str]
     repetitions: int
     memory: bool = False
 
-    def topology(self, partition_size: int) -> Topology:
-        """That of a case."""
-        return Topology(self.nodes * self.ranks_per_node, self.ranks_per_node, partition_size)
-
-    def names(self, topology: Topology) -> list[str]:
-        """The peers that are something of their own on a topology."""
-        return [name for name in self.peers if PEERS[name].applies(topology)]
+    def variants(self) -> list[tuple[str, Topology]]:
+        """The names of all peers with the topologies on which each is one of its own."""
+        n, k = self.nodes * self.ranks_per_node, self.ranks_per_node
+        asked = [Topology(n, k, p) for p in self.partition_sizes]
+        return [(name, topology) for name in self.peers for topology in PEERS[name].topologies(asked)]
 
     def row(self, name: str, topology: Topology, window: int) -> Row:
         """A row without measurements."""
-        peer = PEERS[name]
-        # Computing alone sends nothing, and nothing has to be sent.
-        bound = bytes_leaving_a_node(size_of(build()), peer.bound_topology(topology), window, peer.rung)
+        rung = PEERS[name].rung
+        bound = bytes_leaving_a_node(size_of(build()), topology, window, rung)
+        if name in _UNLIKE_OTHERS:
+            bound = 0.0  # it sends nothing
         p = topology.partition_size
-        bound = 0.0 if name in _UNLIKE_OTHERS else bound
-        return Row(self.link, self.nodes, self.ranks_per_node, p, window, name, str(peer.rung), bound)
+        return Row(self.link, self.nodes, self.ranks_per_node, p, window, name, str(rung), bound)
 
 
 class LossesDiffer(RuntimeError):
@@ -97,11 +97,11 @@ def check_losses(rows: Sequence[Row], tolerance: float = LOSS_TOLERANCE) -> None
                 )
 
 
-def time_case(plan: Plan, partition_size: int, window: int) -> list[Row]:
-    """All peers of a case, one optimizer step each in turn, over and over; the turn begins with another each time."""
-    topology = plan.topology(partition_size)
-    rows = [plan.row(name, topology, window) for name in plan.names(topology)]
-    peers = [PEERS[row.peer].make(topology, window) for row in rows]
+def time_case(plan: Plan, window: int) -> list[Row]:
+    """All peers, one optimizer step each in turn, over and over; the turn begins with another each time."""
+    variants = plan.variants()
+    rows = [plan.row(name, topology, window) for name, topology in variants]
+    peers = [PEERS[name].make(topology, window) for name, topology in variants]
     for step in range(1 + plan.repetitions):
         for turn in range(len(rows)):
             index = (turn + step) % len(rows)
@@ -123,8 +123,10 @@ def _one_step(plan: Plan, row: Row, peer: Peer, step: int) -> None:
     seconds = time.perf_counter() - start
     dist.barrier()
     told = [seconds, loss, float(bytes_sent() - before)]
-    everyone = torch.empty(dist.get_world_size(), len(told), dtype=torch.float64)
-    dist.all_gather_into_tensor(everyone, torch.tensor([told], dtype=torch.float64))
+    mine = torch.tensor(told, dtype=torch.float64)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    everyone = torch.stack(gathered)
     row.losses.append(everyone[:, 1].mean().item())
     if step:  # the first one warms up
         row.seconds.append(everyone[:, 0].max().item())
@@ -134,30 +136,26 @@ def _one_step(plan: Plan, row: Row, peer: Peer, step: int) -> None:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def weigh_case(plan: Plan, partition_size: int, window: int) -> list[Row]:
-    """The peers of a case, one alive at a time: what the process grows by, from before it is made to its peak.
+def weigh_case(plan: Plan, window: int) -> list[Row]:
+    """The peers, one alive at a time: what the process grows by, from before it is made to its peak.
 
     The peak is the kernel's own (VmHWM), reset when the first step, in which the optimizer makes its state, is over.
     """
-    topology = plan.topology(partition_size)
     micro_steps = min(window, _MICRO_STEPS_FOR_MEMORY)
-    rows = []
-    for name in plan.names(topology):
-        before = _resident()
-        peer = PEERS[name].make(topology, micro_steps)
-        losses = [peer.step(batches(0, dist.get_rank(), micro_steps))]
-        with _high_water() as peak:
-            losses.append(peer.step(batches(1, dist.get_rank(), micro_steps)))
-        most = torch.tensor(peak[0] - before)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        rows.append(_weighed(plan.row(name, topology, window), int(most), losses))
-        peer.close()
-        del peer
-    return rows
+    return [_weigh(plan, name, topology, window, micro_steps) for name, topology in plan.variants()]
 
 
-def _weighed(row: Row, peak_memory: int, losses: list[float]) -> Row:
-    return Row(**{**asdict(row), "peak_memory": peak_memory, "losses": losses})
+def _weigh(plan: Plan, name: str, topology: Topology, window: int, micro_steps: int) -> Row:
+    row = plan.row(name, topology, window)
+    before = _resident()
+    peer = PEERS[name].make(topology, micro_steps)
+    losses = [peer.step(batches(0, dist.get_rank(), micro_steps))]
+    with _high_water() as peak:
+        losses.append(peer.step(batches(1, dist.get_rank(), micro_steps)))
+    most = torch.tensor(peak[0] - before)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    peer.close()
+    return replace(row, peak_memory=int(most), losses=losses)
 
 
 @contextmanager
@@ -192,12 +190,12 @@ def main(plan_file: str, rows_file: str) -> None:
     """Measure the plan; rank 0 appends a line of JSON a row, case by case."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    content = json.loads(Path(plan_file).read_text())
-    plan = Plan(**{**content, "cases": [tuple(case) for case in content["cases"]]})
+    plan = Plan(**json.loads(Path(plan_file).read_text()))
+    gc.freeze()  # what is imported need not be searched for garbage before every step
     if plan.memory:
-        weigh_case(plan, *plan.cases[0])  # what a process loads once is no peer's
-    for case in plan.cases:
-        rows = (weigh_case if plan.memory else time_case)(plan, *case)
+        weigh_case(plan, plan.windows[0])  # what a process loads once is no peer's
+    for window in plan.windows:
+        rows = (weigh_case if plan.memory else time_case)(plan, window)
         gc.collect()
         if dist.get_rank() == 0:
             with Path(rows_file).open("a") as file:
