@@ -49,8 +49,6 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="Nodes x ranks per node, as 2x2.")] = None,
     window: Annotated[list[int] | None, typer.Option(help="Micro-steps per optimizer step.")] = None,
     partition_size: Annotated[list[int] | None, typer.Option(help="By default each that is allowed, but 1.")] = None,
-        list[int] | None, typer.Option(help="Of the peers that take any; by default each that is allowed, but 1.")
-    ] = None,
     peer: Annotated[list[str] | None, typer.Option(help="A peer, or the beginning of several names.")] = None,
     repetitions: Annotated[int, typer.Option(help="Optimizer steps that count, of each peer in each case.")] = 5,
     memory: Annotated[bool, typer.Option(help="Measure memory as well, in processes of its own.")] = True,
