@@ -31,8 +31,12 @@ _context.set_forkserver_preload(
 )
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, **env: str) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, grace: float = 5, **env: str
+) -> list[Any]:
     """`function(*args)` on `world_size` ranks with the default process group set up; their results in rank order.
+
+    Where one fails, the others have `grace` seconds before they are killed.
 
     Raises:
         AssertionError: with the first failing rank's traceback.
@@ -53,7 +57,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         return _collect(pipes, timeout)
     finally:
         for process in processes:
-            process.join(5)
+            process.join(grace)
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from datetime import timedelta
+from itertools import chain, product
+from pathlib import Path
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -19,12 +24,15 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mics import collectives
+from lightning_mics.channels import CollectiveError
 from lightning_mics.collectives import Collectives, Exchange, Native, flat_all_gather, flat_reduce_scatter
-from lightning_mics.groups import Tiers
+from lightning_mics.groups import Groups, Tiers
 from lightning_mics.network import Network, Tier
+from lightning_mics.sharding import MiCSModule, shard
+from lightning_mics.topology import Topology
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_wire import ONE_TIER, TWO_TIERS
 
@@ -277,3 +285,106 @@ def test_native_goes_the_faster_way() -> None:
 def test_one_tier_leaves_no_choice(form: type[Collectives], shape: tuple[int, int]) -> None:
     tiers = both(form, *shape, ONE_TIER).tiers_for(1)
     assert (tiers.nodes, tiers.per_node) == shape
+
+
+# -- ranks that die, or never come -------------------------------------------------------------------------------------
+
+TIMEOUT = timedelta(seconds=2)
+RANKS = Topology(4, 2, 4)
+MISSING = 3
+
+
+class Layer(nn.Linear):
+    """Notes on the class, and so for one rank, which layers were computed."""
+
+    computed: ClassVar[list[int]] = []
+
+    def __init__(self, index: int) -> None:
+        super().__init__(4, 4)
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        Layer.computed.append(self.index)
+        return super().forward(x)
+
+
+def sharded(topology: Topology, rung: str) -> MiCSModule:
+    """Three layers, and groups of little patience."""
+    torch.manual_seed(0)
+    groups = Groups.create(topology, "cpu", TIMEOUT)
+    root = shard(nn.Sequential(*(Layer(i) for i in range(3))), groups, blocks=Layer, rung=rung, network=TWO_TIERS)
+    root.one_backward = True
+    return root
+
+
+def raised(action: Callable[[], object]) -> str:
+    """The message of its CollectiveError."""
+    with pytest.raises(CollectiveError) as error:
+        action()
+    return str(error.value)
+
+
+def _gather_alone(dies: bool, folder: Path) -> None:
+    """Rank 3 is gone after a first forward, in which all went well; what the others are told goes to files."""
+    root = sharded(RANKS, "block/sharded")
+    with torch.no_grad():
+        root(torch.ones(2, 4))
+        root.release()
+    if dist.get_rank() == MISSING:
+        if dies:
+            os._exit(1)
+        return
+    Layer.computed.clear()
+    told = [raised(lambda: root(torch.ones(2, 4)))]
+    root.abort()
+    told.append(raised(lambda: root(torch.ones(2, 4))))
+    (folder / str(dist.get_rank())).write_text(json.dumps([told, len(Layer.computed)]))
+    if dies:
+        os._exit(0)  # nobody is left to end together with
+
+
+TIER = r"(between nodes, ranks \[(0, 2|1, 3)\]|inside the node, ranks \[(0, 1|2, 3)\]): .+"
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "never comes"])
+def test_a_gather_without_one_of_its_ranks_is_never_used(dies: bool, tmp_path: Path) -> None:
+    """Nor is the next, with or without that rank: what it would get might be meant for the one that failed."""
+    try:
+        run_ranks(4, _gather_alone, dies, tmp_path, grace=30)
+    except AssertionError:
+        assert dies
+    for rank in set(range(4)) - {MISSING}:
+        told, computed = json.loads((tmp_path / str(rank)).read_text())
+        assert len(told) == 2
+        assert all(re.fullmatch(f"all-gather of 0: {TIER}", message) for message in told), told
+        assert computed == 0
+
+
+def _backward_alone(topology: Topology, rung: str) -> list[str]:
+    """Rank 3 comes to the forward, and not to the backward."""
+    root = sharded(topology, rung)
+    loss = root(torch.ones(2, 4)).sum()
+    if dist.get_rank() == MISSING:
+        return []
+
+    def backward(loss: Tensor) -> None:
+        with root.window.backward():
+            loss.backward()
+
+    told = [raised(lambda: backward(loss))]
+    if topology.partition_size == 1:  # where a forward needs nobody
+        root.abort()
+        told.append(raised(lambda: backward(root(torch.ones(2, 4)).sum())))
+    return told
+
+
+@pytest.mark.parametrize(
+    ("partition_size", "rung", "what"),
+    [(4, "micro_step/sharded", "reduce-scatter of 2"), (1, "block/sharded", "hop 2 of 2")],
+    ids=["hop 1", "hop 2"],
+)
+def test_a_hop_without_one_of_its_ranks_raises_on_the_others(partition_size: int, rung: str, what: str) -> None:
+    results = run_ranks(4, _backward_alone, Topology(4, 2, partition_size), rung)
+    assert [len(told) for told in results] == [2 if partition_size == 1 else 1] * MISSING + [0]
+    for message in chain(*results):
+        assert re.fullmatch(f"{what}: {TIER}", message), message
