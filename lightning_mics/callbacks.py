@@ -65,8 +65,10 @@ def _communication(trainer: pl.Trainer) -> list[tuple[str, str]]:
         (
             "wire",
             f"each rank sends per step: gathers {in_units(wire.gather, 'B')} and hop 1 {in_units(wire.hop_1, 'B')} in "
-            f"its partition group, hop 2 {in_units(wire.hop_2, 'B')} between replicas",
+            f"its partition group, hop 2 {in_units(wire.hop_2, 'B')} between replicas; "
+            f"{in_units(wire.inter_node, 'B')} of that leave the node",
         ),
+        ("rung", f"{strategy.mics.rung} (parameters/gradients)"),
         *[("blocks" if i == 0 else "", line) for i, line in enumerate(strategy.mics.describe().splitlines())],
     ]
 
