@@ -30,6 +30,7 @@ from lightning_mics.checkpoint.optimizer import (
     check_same_parameters,
     empty_like_saved,
     number_parameters,
+    paired,
 )
 from lightning_mics.checkpoint.rng import get_rng_state
 
@@ -187,19 +188,9 @@ class Checkpoint:
         states: list[StateByName] | None,
     ) -> dict[str, Any]:
         """Tensors to read optimizer state into, each entered in `states` as well."""
-        if states is None:
-            raise ValueError(
-                f"{self.path} holds weights only, no optimizer state to resume from; load it by validate/test/predict, "
-                "or save with save_weights_only=False"
-            )
-        if len(states) != len(optimizers):
-            raise ValueError(
-                f"{self.path} was saved with {len(states)} optimizers, there are {len(optimizers)} now; return as many "
-                "from configure_optimizers"
-            )
         targets: dict[str, Any] = {}
         params = dict(module.named_parameters())
-        for i, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+        for i, (optimizer, state) in enumerate(paired(self.path, optimizers, states)):
             check_same_parameters(module, optimizer, state)
             prefix = f"{_OPTIMIZER}.{i}."
             for key, meta in saved.items():

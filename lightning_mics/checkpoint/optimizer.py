@@ -6,8 +6,9 @@ distributed checkpoint library for its state would take a step to create what is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,27 @@ def optimizer_state_by_name(module: nn.Module, optimizer: Optimizer) -> StateByN
         "param_groups": each with the names in its "params".
     """
     return name_parameters(module, optimizer, optimizer.state_dict())
+
+
+def paired(
+    path: Path, optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]] | None
+) -> Iterator[tuple[Optimizer, Mapping[str, Any]]]:
+    """Each optimizer with its saved state.
+
+    Raises:
+        ValueError: if the checkpoint at `path` holds no optimizer state, or that of more or fewer optimizers.
+    """
+    if states is None:
+        raise ValueError(
+            f"{path} holds weights only, no optimizer state to resume from; load it by validate/test/predict, or save "
+            "with save_weights_only=False"
+        )
+    if len(states) != len(optimizers):
+        raise ValueError(
+            f"{path} was saved with {len(states)} optimizers, there are {len(optimizers)} now; return as many from "
+            "configure_optimizers"
+        )
+    return zip(optimizers, states, strict=True)
 
 
 def check_same_parameters(module: nn.Module, optimizer: Optimizer, by_name: Mapping[str, Any]) -> None:

@@ -19,7 +19,13 @@ from torch.optim import Optimizer
 
 from lightning_mics.checkpoint.agreement import together
 from lightning_mics.checkpoint.directory import Checkpoint
-from lightning_mics.checkpoint.optimizer import StateByName, check_same_parameters, name_parameters, number_parameters
+from lightning_mics.checkpoint.optimizer import (
+    StateByName,
+    check_same_parameters,
+    name_parameters,
+    number_parameters,
+    paired,
+)
 
 
 def consolidate(directory: str | Path, file: str | Path, *, weights_only: bool | None = None) -> None:
@@ -96,12 +102,7 @@ class SingleFile:
         """The state of each optimizer by name."""
         if not optimizers:
             return []
-        if states is None or len(states) != len(optimizers):
-            raise ValueError(
-                f"{self.path} holds the state of {len(states or ())} optimizers, there are {len(optimizers)} now; "
-                "return as many from configure_optimizers, or load weights alone by validate/test/predict"
-            )
-        return [_by_name(module, optimizer, state) for optimizer, state in zip(optimizers, states, strict=True)]
+        return [_by_name(module, optimizer, state) for optimizer, state in paired(self.path, optimizers, states)]
 
 
 def load_whole_state_dict(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:

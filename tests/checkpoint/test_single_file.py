@@ -381,8 +381,8 @@ def misfits(plain: Consolidated) -> list[dict[str, str]]:
     ("case", "says"),
     [
         ("groups", "ValueError: the optimizer holds groups of [19] parameters, the checkpoint [13, 6]"),
-        ("optimizers", "holds the state of 1 optimizers, there are 2 now; return as many from configure_optimizers"),
-        ("weights", "holds the state of 0 optimizers, there are 1 now; "),
+        ("optimizers", "was saved with 1 optimizers, there are 2 now; return as many from configure_optimizers"),
+        ("weights", "holds weights only, no optimizer state to resume from; "),
         ("text", "UnpicklingError: "),
         ("name", 'Missing key(s) in state_dict: "more.weight"'),
         ("shape", "size mismatch for leave.weight"),
