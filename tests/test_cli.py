@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from lightning_mics import MiCSStrategy
 from lightning_mics.cli import app
 from lightning_mics.network import Network
 from lightning_mics.version import __version__
@@ -70,6 +71,13 @@ def test_the_probe_writes_a_file_that_names_no_machine(tmp_path: Path, launch: o
 def test_the_probe_alone_says_how_to_start_it() -> None:
     result = CliRunner().invoke(app, ["probe"])
     assert result.exit_code == 2 and "start it on every rank: torchrun" in " ".join(result.output.split())
+
+
+def test_the_strategy_reads_the_file_when_it_is_made(tmp_path: Path) -> None:
+    Network.default(2).save(tmp_path / "network.json")
+    MiCSStrategy(network=tmp_path / "network.json")
+    with pytest.raises(FileNotFoundError, match=r"network='.*nowhere\.json': there is no such file; write it with"):
+        MiCSStrategy(network=str(tmp_path / "nowhere.json"))
 
 
 def test_help_names_the_commands() -> None:

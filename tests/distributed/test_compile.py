@@ -14,6 +14,13 @@ from lightning_mics import MiCSStrategy
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import Batches, Toy, assert_same_losses, assert_same_training, mics, seeded, trainer
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"partition_size": 1},
+    {"activation_checkpointing": True},
+    {"precision": "bf16-mixed"},
+    {"rung": "window/whole"},
+]
 EAGER: Mapping[str, Any] = {"backend": "aot_eager", "fullgraph": True}
 
 
@@ -25,8 +32,8 @@ def _fit(partition_size: int = 2, precision: str = "32-true", module: Toy | None
 
 
 def _compiled(compile: bool | Mapping[str, Any], in_bf16: float) -> None:
-    """In any partition size, precision and with activation checkpointing; two graphs for three layers."""
-    for options in ({}, {"partition_size": 1}, {"activation_checkpointing": True}, {"precision": "bf16-mixed"}):
+    """In any partition size, precision and rung, and with activation checkpointing; two graphs for three layers."""
+    for options in OPTIONS:
         torch.compiler.reset()
         counters.clear()
         compiled = _fit(compile=compile, **options)
