@@ -58,6 +58,7 @@ class BlockGather:
         """After an exception: nobody waits for a gather whose other ranks may never come."""
         if self._under_way is not None:
             self._under_way.abandon()
+            self._under_way = None
 
 
 class HopOne:
@@ -96,6 +97,8 @@ class HopOne:
     ) -> dist.Work | None:
         """Take a micro-step's gradients, laid out by the engine as one slot a rank. `arrived` tells whose they are."""
         output_tensor.zero_()
+        if input_tensor.device.type != "cpu":  # it was made on another stream, and is needed beyond this call
+            input_tensor.record_stream(torch.accelerator.current_stream(input_tensor.device))
         self._parameters, self._awaited = [], output_tensor.numel()
         if self._held is not None:
             input_tensor.add_(self._held)

@@ -50,7 +50,8 @@ class Rung:
     .../whole            M, between micro-steps         1 reduce-scatter
     ===================  =============================  ==================================
 
-    (What lies outside the blocks is always gathered once a micro-step, or once a window.)
+    What lies outside the blocks is gathered once a micro-step, or once a window. Under manual optimization nobody knows
+    which backward will be the window's last, and `window` and `whole` act as `micro_step` and `sharded`.
     """
 
     parameters: Parameters = Parameters.BLOCK

@@ -330,12 +330,24 @@ class MiCSStrategyMixin(_Base):
         self.mics.synchronize_buffers()
 
     @override
+    def on_validation_end(self) -> None:
+        self.mics.release()
+
+    @override
     def on_test_start(self) -> None:
         self.mics.synchronize_buffers()
 
     @override
+    def on_test_end(self) -> None:
+        self.mics.release()
+
+    @override
     def on_predict_start(self) -> None:
         self.mics.synchronize_buffers()
+
+    @override
+    def on_predict_end(self) -> None:
+        self.mics.release()
 
     # -- collectives of Lightning's own ------------------------------------------------------------------------------
 

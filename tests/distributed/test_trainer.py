@@ -331,3 +331,61 @@ def _overflow() -> None:
 
 def test_an_overflow_on_one_rank_skips_the_step_on_every_rank() -> None:
     run_ranks(4, _overflow)
+
+
+# -- the memory ladder -------------------------------------------------------------------------------------------------
+
+
+class GatheredNow(pl.Callback):
+    """Names of parameters that are whole when a training batch begins, and the rung of each."""
+
+    def __init__(self) -> None:
+        self.whole: list[list[str]] = []
+        self.rungs: list[str] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.whole.append([name for name, p in pl_module.named_parameters() if not isinstance(p, DTensor)])
+        self.rungs.append(str(trainer.strategy.mics.rung))  # type: ignore[attr-defined]
+
+
+def _rungs() -> None:
+    plain = seeded(Toy)
+    trainer(ddp(), accumulate_grad_batches=2).fit(plain, Batches(8))
+    for rung in ("micro_step/sharded", "window/whole", "auto"):
+        module, seen = seeded(Toy), GatheredNow()
+        strategy = MiCSStrategy(partition_size=2, rung=rung, memory_budget=10**12)
+        fit = trainer(strategy, accumulate_grad_batches=2, callbacks=[seen])
+        fit.fit(module, Batches(8))
+        assert_same_training(module, plain, rung)
+        expected = ["block/sharded"] * 3 + ["window/whole"] * 5 if rung == "auto" else [rung] * 8
+        _is(seen.rungs, expected, "rungs, as each batch begins")  # a window's first batch begins on the last one's
+    # A second Trainer takes the module on from another rung.
+    trainer(MiCSStrategy(partition_size=2), accumulate_grad_batches=2).fit(module, Batches(2))
+    _is(str(module.trainer.strategy.mics.rung), "block/sharded", "rung of the second Trainer")
+
+
+def test_every_rung_trains_as_ddp_and_auto_climbs() -> None:
+    run_ranks(4, _rungs)
+
+
+def _evaluation_keeps_nothing() -> None:
+    for rung in ("block/sharded", "micro_step/sharded", "window/sharded"):
+        seen = GatheredNow()
+        fit = trainer(
+            MiCSStrategy(partition_size=2, rung=rung), callbacks=[seen], num_sanity_val_steps=1, val_check_interval=2
+        )
+        fit.fit(seeded(Toy), Batches(4), Batches(1, first=900))
+        _is(seen.whole, [[]] * 4, f"whole after a step or an evaluation, {rung}")
+
+
+def test_evaluation_leaves_nothing_gathered() -> None:
+    run_ranks(4, _evaluation_keeps_nothing)
+
+
+def test_a_rung_that_is_none_is_refused_with_the_strategy() -> None:
+    with pytest.raises(ValueError, match=r"rung='fast' is not on the memory ladder; choose one of block/sharded, .*"):
+        MiCSStrategy(rung="fast")
+    with pytest.raises(ValueError, match=r"memory_budget=1\.5 must be"):
+        MiCSStrategy(rung="auto", memory_budget=1.5)
+    with pytest.raises(ValueError, match=r"between_nodes='bf16' must be a floating-point torch.dtype"):
+        MiCSStrategy(between_nodes="bf16")  # type: ignore[arg-type]
