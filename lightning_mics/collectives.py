@@ -30,7 +30,8 @@ from lightning_mics.network import Network
 _Result = TypeVar("_Result")
 
 CHUNK_BYTES = 1 << 20
-"""What one stage hands to the next at a time: while a chunk crosses, the one before is passed on inside the node."""
+"""What one stage hands to the next at most at a time; less where a slot would not make `_CHUNKS` of it."""
+_CHUNKS, _LEAST_CHUNK_BYTES = 4, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Exchange(Collectives):
         nodes, k = self._hierarchical.nodes, self._hierarchical.per_node
         intra, inter = self._network.intra, self._network.inter
         crossing = (nodes - 1) * slot_bytes
-        passing = min(slot_bytes, CHUNK_BYTES) * (k - 1)
+        passing = min(slot_bytes, _chunk_bytes(slot_bytes)) * (k - 1)
         return inter.seconds(crossing) + intra.seconds(passing), inter.seconds(crossing * k)
 
     def all_gather(self, buffer: Tensor) -> None:
@@ -229,6 +230,7 @@ def _reduce(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -
 
     This rank's slot holds the sum; the others hold partial sums.
     """
+    own = slots[_index(tiers)]
     here = [slots[node * tiers.per_node + tiers.local] for node in range(tiers.nodes)]
     between, inside = _Peers(tiers, "inter_node", narrow), _Peers(tiers, "intra_node")
     rounds = [
@@ -242,6 +244,7 @@ def _reduce(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -
         return [inside.receive(torch.empty_like(here[node][chunk]), peer) for peer in inside.steps]
 
     crossing: list[tuple[Tensor, list[_Message]]] = []
+    incoming: list[_Message] = []
     asked = ask(*rounds[0]) if rounds else []
     for number, (chunk, step) in enumerate(rounds):
         arriving, asked = asked, ask(*rounds[number + 1]) if number + 1 < len(rounds) else []
@@ -249,20 +252,26 @@ def _reduce(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -
         inside.add(mine, arriving)
         if step:
             between.send(mine, step)
+            incoming.append(between.receive(torch.empty_like(own[chunk]), step))
             continue
-        crossing.append((mine, [between.receive(torch.empty_like(mine), peer) for peer in between.steps]))
+        crossing.append((mine, incoming))
+        incoming = []
         if len(crossing) > 1:
             between.add(*crossing.pop(0))
-    for mine, incoming in crossing:
-        between.add(mine, incoming)
+    for mine, parts in crossing:
+        between.add(mine, parts)
     between.finish_all()
     inside.finish_all()
 
 
 def _chunks(slot: Tensor) -> Iterator[slice]:
-    """Slices of at most `CHUNK_BYTES`; the same on every rank. A shorter slot has fewer values in the last."""
-    numel = max(1, CHUNK_BYTES // slot.itemsize)
+    """Slices of the longest slot, the same on every rank. A shorter slot has fewer values in the last."""
+    numel = max(1, _chunk_bytes(slot.nbytes) // slot.itemsize)
     return (slice(start, start + numel) for start in range(0, slot.numel(), numel))
+
+
+def _chunk_bytes(slot_bytes: int) -> int:
+    return min(CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, slot_bytes // _CHUNKS))
 
 
 class _Message:

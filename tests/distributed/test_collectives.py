@@ -259,15 +259,15 @@ def both(form: type[Collectives], nodes: int, per_node: int, network: Network) -
 
 
 def test_exchange_goes_the_faster_way() -> None:
-    """2 x 2, 1 ms on each tier, 1 GB/s inside, 0.1 GB/s between; s in bytes below a chunk of 1 MiB:
+    """2 x 2, 1 ms on each tier, 1 GB/s inside, 0.1 GB/s between; s in bytes, in chunks of 64 KiB up to 4 of them:
 
-    hierarchical 1 ms + s/1e8 + 1 ms + s/1e9, flat 1 ms + 2 s/1e8; even at s = 1e-3 / (1e-8 - 1e-9) = 111,111.
-    A longer slot passes only its last chunk on behind the crossing: hierarchical 2 ms + s/1e8 + 2**20/1e9.
+    hierarchical 1 ms + s/1e8 + 1 ms + 2**16/1e9 (only the last chunk is passed on behind the crossing), flat
+    1 ms + 2 s/1e8; even at s = (1e-3 + 2**16/1e9) * 1e8 = 106,553.6. The chunks of a long slot are of 1 MiB.
     """
     form = both(Exchange, 2, 2, Network(Tier(1e-3, 1e9), Tier(1e-3, 1e8)))
-    assert form.seconds(100_000) == pytest.approx((2e-3 + 1e-3 + 1e-4, 1e-3 + 2e-3))
+    assert form.seconds(100_000) == pytest.approx((2e-3 + 1e-3 + 2**16 / 1e9, 1e-3 + 2e-3))
     assert form.seconds(10_000_000) == pytest.approx((2e-3 + 0.1 + 2**20 / 1e9, 1e-3 + 0.2))
-    assert (form.tiers_for(111_000).nodes, form.tiers_for(111_200).nodes) == (1, 2)
+    assert (form.tiers_for(106_500).nodes, form.tiers_for(106_600).nodes) == (1, 2)
 
 
 def test_native_goes_the_faster_way() -> None:
