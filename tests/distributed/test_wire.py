@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_mics.groups import Groups, Tiers
@@ -265,3 +268,123 @@ def test_evaluation_stays_in_the_partition_group() -> None:
         # Other replicas may have gradients: this one takes part in hop 2 all the same, and in who used what.
         assert empty.sent == {"gather": Sent(), "hop 1": Sent(), "hop 2": Counter({replica: once + usage})}
         assert empty.others == [("all_reduce", topology.partition_groups[rank // 2], usage)]
+
+
+# -- when --------------------------------------------------------------------------------------------------------------
+
+
+class Asking(nn.Module):
+    """A layer that calls a function when it computes, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.on_forward: Callable[[], None] = lambda: None
+        self.on_backward: Callable[[], None] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.on_forward()
+        x = self.linear(x)
+        if x.requires_grad:  # not the output, at which the engine has hooks of its own
+            x.register_hook(lambda gradient: self.on_backward())
+        return torch.tanh(x)
+
+
+class Chain(nn.Module):
+    """Four blocks between two layers outside; where it is told to, it ends after the first block, without an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(Asking() for _ in range(4))
+        self.leave = nn.Linear(8, 8)
+        self.stops = False
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        x = self.enter(x)
+        for layer in self.layers:
+            x = layer(x)
+            if self.stops:
+                return None
+        return self.leave(x)
+
+
+def chain(rung: Rung | str = "block/sharded") -> MiCSModule:
+    root = shard(Chain(), Groups.create(Topology(4, 2, 4), "cpu"), rung=rung, network=TWO_TIERS)
+    root.one_backward = True
+    return root
+
+
+def _begun_ahead() -> tuple[list[str], list[str], list[str]]:
+    """Blocks that were on their way, and not used yet, when the one ahead of them computed: forward, backward, eval."""
+    root, begun = chain(), list[str]()
+    names = {block.module: block.name for block in root.blocks}
+    modules = [block.module for block in root.blocks]
+
+    def ask(module: nn.Module) -> None:
+        if root.gathers[module].prefetched:
+            begun.append(names[module])
+
+    for before, after in pairwise(modules):
+        before.on_forward, after.on_backward = partial(ask, after), partial(ask, before)
+    root.module.enter.register_forward_pre_hook(lambda *_: ask(modules[0]))
+
+    def taken() -> list[str]:
+        copy = [*begun]
+        begun.clear()
+        return copy
+
+    loss = root(torch.ones(2, 8)).sum()
+    forward = taken()
+    with root.window.backward():
+        loss.backward()
+    backward = taken()
+    with torch.no_grad():
+        root.eval()(torch.ones(2, 8))
+    return forward, backward, taken()
+
+
+def test_a_gather_is_begun_before_the_block_ahead_computes() -> None:
+    for forward, backward, evaluation in run_ranks(4, _begun_ahead):
+        assert (
+            forward == evaluation == [f"layers.{index}" for index in (0, 1, 2, 3)]
+        )  # the first while what lies outside the blocks computes
+        assert backward == [f"layers.{index}" for index in (2, 1, 0)]
+
+
+def _stopped_early(rung: Rung) -> tuple[bool, float, float]:
+    """A window that ends with a forward that ended early on all ranks, and the optimizer's step after it.
+
+    Returns:
+        Whether a gather was on its way by then; how far the step moved a value of that block; how far the next output
+        is from that of a whole copy of the new values.
+    """
+    root, x = chain(rung), torch.ones(2, 8)
+    optimizer = torch.optim.SGD(root.parameters(), lr=1.0)
+    second = root.module.layers[1]
+    root.window.begin(0)
+    with root.window.hop_1_only():
+        loss = root(x).sum()
+        with root.window.backward():
+            loss.backward()
+    root.module.stops = True
+    assert root(x) is None
+    root.module.stops = False
+    under_way = root.gathers[second].prefetched
+    root.window.close()
+    optimizer.step()
+    root.release()
+    moved = second.linear.bias.grad.full_tensor()
+    whole = Chain()
+    whole.load_state_dict({name: p.detach().full_tensor() for name, p in root.module.named_parameters()})
+    with torch.no_grad():
+        return under_way, float(moved.abs().max()), float((root(x) - whole(x)).abs().max())
+
+
+@pytest.mark.parametrize("rung", [RUNGS[0], RUNGS[-1]], ids=str)
+def test_a_gather_that_no_forward_used_is_not_used_after_the_step(rung: Rung) -> None:
+    for under_way, moved, difference in run_ranks(4, _stopped_early, rung):
+        assert under_way == (rung.parameters == Parameters.BLOCK)
+        assert moved > 0.1
+        assert difference < 1e-5
