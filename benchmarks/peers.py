@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import deepspeed_peers
 from benchmarks.model import blocks_of, build, loss_of, optimizer_of
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import RUNGS, Gradients, Parameters, Rung
@@ -223,6 +224,14 @@ def _mics(rung: Rung, topology: Topology, window: int) -> Peer:
     return MiCS(topology, rung)
 
 
+def _deepspeed(zero: dict[str, Any], topology: Topology, window: int) -> Peer:
+    return deepspeed_peers.DeepSpeed(window, **zero)
+
+
+def _hpz(topology: Topology, window: int) -> Peer:
+    return deepspeed_peers.DeepSpeed(window, stage=3, zero_hpz_partition_size=topology.ranks_per_node)
+
+
 _KEEP = Rung(Parameters.MICRO_STEP)
 _WHOLE = Rung(Parameters.WINDOW, Gradients.WHOLE)
 
@@ -241,5 +250,12 @@ for _rung in RUNGS:
         # Over all ranks, the first two are called zero3.
         applies=is_hybrid if _rung in (Rung(), _KEEP) else _is_sharded,
     )
+for _name, _says, _make, _rung in (
+    ("zero2", "DeepSpeed ZeRO-2", partial(_deepspeed, {"stage": 2}), Rung(Parameters.WINDOW)),
+    ("zero3", "DeepSpeed ZeRO-3", partial(_deepspeed, {"stage": 3}), Rung()),
+    # Its forward gathers over all ranks, its backward in the node: between nodes, as though they were kept.
+    ("hpz", "DeepSpeed ZeRO-3 with a copy of the parameters in each node", _hpz, _KEEP),
+):
+    PEERS[f"deepspeed:{_name}"] = Entry(_says, _make, _rung, all_ranks, missing=deepspeed_peers.missing)
 for _rung in RUNGS:
     PEERS[f"mics:{_rung}"] = Entry(f"lightning-mics, {_rung}", partial(_mics, _rung), _rung, applies=_is_sharded)
