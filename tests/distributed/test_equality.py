@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import pytest
 import torch
@@ -113,6 +114,17 @@ def backward(model: nn.Module, loss: Tensor) -> None:
         loss.backward()
 
 
+@cache
+def train_ddp(
+    name: str, window: int, dtype: torch.dtype | None
+) -> tuple[list[tuple[list[float], float]], list[Tensor]]:
+    """This rank's losses and norms under DDP, and the final parameters."""
+    replicated = DistributedDataParallel(build(name))
+    steps = list(train(replicated, name, window, dtype))
+    return steps, [p.detach() for p in replicated.parameters()]
+
+
+@cache
 def train_alone(name: str, window: int) -> tuple[list[list[float]], list[float], list[Tensor]]:
     """Losses (of each step, averaged over ranks), norms and final parameters of one process with all batches."""
     model = build(name)
@@ -148,18 +160,15 @@ def compare(
     network = Network(Tier(0.0, 1e9), Tier(0.0, 1e8))
     sharded = shard(build(name), groups, precision=Precision(param_dtype=dtype), rung=rung, network=network)
     sharded.one_backward = True
-    replicated = DistributedDataParallel(build(name))
     ours = list(train(sharded, name, window, dtype))
-    theirs = list(train(replicated, name, window, dtype))
+    theirs, their_parameters = train_ddp(name, window, dtype)
     whole = [p.detach().full_tensor() for p in sharded.module.parameters()]  # type: ignore[attr-defined]
     worst = {
         "loss": max(
             abs(a / b - 1) for (x, _), (y, _) in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)
         ),
         "norm": max(abs(a / b - 1) for (_, a), (_, b) in zip(ours, theirs, strict=True)),
-        "parameter": max(
-            float((a - b).abs().max()) for a, b in zip(whole, map(Tensor.detach, replicated.parameters()), strict=True)
-        ),
+        "parameter": max(float((a - b).abs().max()) for a, b in zip(whole, their_parameters, strict=True)),
     }
     if dtype is None:
         worst |= compare_alone(name, window, ours, whole)
