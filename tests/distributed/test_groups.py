@@ -32,6 +32,54 @@ def test_groups_are_those_of_the_topology(topology: Topology) -> None:
         assert total == sum(2.0**r for r in partition)
 
 
+Communicators = dict[str, tuple[str, list[int]] | None]
+
+
+def _communicators(topology: Topology) -> tuple[list[str], dict[str, Communicators | None]]:
+    """Names of the engine's own and the default group; for each kind of traffic its groups' names and ranks."""
+    groups = Groups.create(topology, "cpu")
+
+    def told(group: dist.ProcessGroup | None) -> tuple[str, list[int]] | None:
+        return None if group is None else (group.group_name, dist.get_process_group_ranks(group))
+
+    kinds: dict[str, Communicators | None] = {}
+    for kind in ("gather", "hop_1", "hop_2"):
+        tiers = getattr(groups, kind)
+        names = ("everyone", "intra_node", "inter_node")
+        kinds[kind] = None if tiers is None else {name: told(getattr(tiers, name)) for name in names}
+    return [groups.partition_group.group_name, dist.group.WORLD.group_name], kinds
+
+
+@pytest.mark.parametrize(
+    "topology", [Topology(4, 2, 1), Topology(4, 2, 2), Topology(4, 2, 4), Topology(4, 4, 2), Topology(4, 1, 4)]
+)
+def test_each_kind_of_traffic_has_communicators_of_its_own_on_each_tier(topology: Topology) -> None:
+    """None waits behind another; one tier that holds all ranks of a group is the group itself."""
+    for rank, (others, kinds) in enumerate(run_ranks(4, _communicators, topology)):
+        partition = topology.partition_groups[topology.replica_of(rank)]
+        replication = topology.replication_groups[topology.shard_of(rank)]
+        taken = set(others)
+        for kind, group in (("gather", partition), ("hop_1", partition), ("hop_2", replication)):
+            communicators, by_node = kinds[kind], topology.by_node(group)
+            if len(group) == 1:
+                assert communicators is None
+                continue
+            node = next(ranks for ranks in by_node if rank in ranks)
+            place = [ranks[node.index(rank)] for ranks in by_node]
+            expected = {"everyone": list(group), "intra_node": list(node), "inter_node": place}
+            names = set()
+            for tier, ranks in expected.items():
+                if len(ranks) == 1:
+                    assert communicators[tier] is None
+                else:
+                    name, found = communicators[tier]
+                    assert found == ranks
+                    names.add(name)
+            assert len(names) == len({tuple(ranks) for ranks in expected.values() if len(ranks) > 1})
+            assert not names & taken
+            taken |= names
+
+
 def _refusal(given: list[tuple[int, int, int]]) -> str:
     message = "none"
     try:
