@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_mics.groups import Groups, Tiers
@@ -388,3 +391,50 @@ def test_a_gather_that_no_forward_used_is_not_used_after_the_step(rung: Rung) ->
         assert under_way == (rung.parameters == Parameters.BLOCK)
         assert moved > 0.1
         assert difference < 1e-5
+
+
+def alive() -> int:
+    """Bytes of memory behind all tensors of this process."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def _kept(rung: Rung) -> tuple[list[int], int, bool]:
+    """Bytes beyond the shards after each micro-step of a window and after its end; those of the gradients' shards."""
+    root, kept = chain(rung), list[int]()
+    tokens = torch.ones(2, 8)
+    before = alive()
+    for boundary in (False, False, True):
+        with contextlib.nullcontext() if boundary else root.window.hop_1_only():
+            loss = root(tokens).sum()
+            with root.window.backward():
+                loss.backward()
+        del loss
+        kept.append(alive() - before)
+    root.window.close()
+    root.release()
+    kept.append(alive() - before)
+    gradients = {p.grad.to_local().untyped_storage() for p in root.parameters()}
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in gradients}
+    return kept, sum(sizes.values()), all(isinstance(p, DTensor) for p in root.parameters())
+
+
+def _kept_on_each_rung() -> list[tuple[list[int], int, bool]]:
+    gc.freeze()  # what the imports made need not be searched
+    return [_kept(rung) for rung in RUNGS]
+
+
+def test_what_stays_in_memory_between_micro_steps_and_after_the_window() -> None:
+    """Six layers of 8 x 8 + 8 values of four bytes: a quarter in gradients' shards, and whole what the rung says.
+
+    At the boundary all that was whole is freed behind the backward. Who used what stays until the next window begins.
+    """
+    model, usage = 4 * 6 * (8 * 8 + 8), 4 * (6 * 2 + 1)
+    for results in run_ranks(4, _kept_on_each_rung):
+        for rung, (kept, gradients, sharded) in zip(RUNGS, results, strict=True):
+            whole = (rung.parameters == Parameters.WINDOW) + (rung.gradients == Gradients.WHOLE)
+            between, after = gradients + model * whole, gradients + usage
+            assert kept == [between, between, after, after], rung
+            assert gradients == model // 4
+            assert sharded
