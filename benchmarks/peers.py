@@ -228,6 +228,12 @@ def _deepspeed(zero: dict[str, Any], topology: Topology, window: int) -> Peer:
     return deepspeed_peers.DeepSpeed(window, **zero)
 
 
+def _lightning(topology: Topology, window: int) -> Peer:
+    from benchmarks.lightning_peer import ModelParallel
+
+    return ModelParallel(topology, window)
+
+
 def _hpz(topology: Topology, window: int) -> Peer:
     return deepspeed_peers.DeepSpeed(window, stage=3, zero_hpz_partition_size=topology.ranks_per_node)
 
@@ -241,6 +247,7 @@ PEERS: dict[str, Entry] = {
     "zero3": Entry("FSDP2 over all ranks", partial(_fsdp2, Rung()), Rung(), all_ranks),
     "zero3-keep": Entry("the same, reshard_after_forward=False", partial(_fsdp2, _KEEP), _KEEP, all_ranks),
     "hsdp-every": Entry("FSDP2 hybrid, all-reduce in each micro-step", _hsdp_every, Rung(), applies=is_hybrid),
+    "lightning": Entry("a Trainer with ModelParallelStrategy, hybrid", _lightning, Rung(), applies=is_hybrid),
 }
 for _rung in RUNGS:
     PEERS[f"fsdp2:{_rung}"] = Entry(

@@ -50,7 +50,7 @@ def test_a_peer_takes_part_once_for_each_partition_size_that_is_its_own() -> Non
 @pytest.mark.slow
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 def test_bytes_of_a_run_from_end_to_end(tmp_path: Path) -> None:
-    peers = ("ddp", "zero3", "hsdp-every", "fsdp2:block/sharded", "mics:window/whole")
+    peers = ("ddp", "zero3", "hsdp-every", "lightning", "fsdp2:block/sharded", "mics:window/whole")
     options = [option for peer in peers for option in ("--peer", peer)]
     options += ["--link", "unshaped", "--shape", "2x2", "--window", "2", "--repetitions", "1", "--no-memory"]
     done = CliRunner().invoke(app, [*options, "--folder", str(tmp_path)])
@@ -62,7 +62,9 @@ def test_bytes_of_a_run_from_end_to_end(tmp_path: Path) -> None:
     # reduce-scatter costs an all-reduce: (2 * 3/4 + 2 * 3/4) / (3 * 1/2).
     assert over.pop(("ddp", 1)) == pytest.approx(1.5, rel=0.02)
     assert over.pop(("zero3", 4)) == pytest.approx(2.0, rel=0.02)
-    assert over.pop(("hsdp-every", 2)) == pytest.approx(2.0, rel=0.02)  # hop 2 in both micro-steps
+    # Hop 2 in both micro-steps.
+    assert over.pop(("hsdp-every", 2)) == pytest.approx(2.0, rel=0.02)
+    assert over.pop(("lightning", 2)) == pytest.approx(2.0, rel=0.02)
     assert over == pytest.approx(
         {("fsdp2:block/sharded", 2): 1.0, ("mics:window/whole", 2): 1.0, ("mics:window/whole", 4): 1.0}, rel=0.02
     )
