@@ -400,14 +400,13 @@ def alive() -> int:
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def _kept(rung: Rung) -> tuple[list[int], int, bool]:
+def _kept(root: MiCSModule) -> tuple[list[int], int, bool]:
     """Bytes beyond the shards after each micro-step of a window and after its end; those of the gradients' shards."""
-    root, kept = chain(rung), list[int]()
-    tokens = torch.ones(2, 8)
+    kept: list[int] = []
     before = alive()
     for boundary in (False, False, True):
         with contextlib.nullcontext() if boundary else root.window.hop_1_only():
-            loss = root(tokens).sum()
+            loss = root(torch.ones(2, 8)).sum()
             with root.window.backward():
                 loss.backward()
         del loss
@@ -422,7 +421,8 @@ def _kept(rung: Rung) -> tuple[list[int], int, bool]:
 
 def _kept_on_each_rung() -> list[tuple[list[int], int, bool]]:
     gc.freeze()  # what the imports made need not be searched
-    return [_kept(rung) for rung in RUNGS]
+    roots = [chain(rung) for rung in RUNGS]  # all before the first is measured, and all until the last is
+    return [_kept(root) for root in roots]
 
 
 def test_what_stays_in_memory_between_micro_steps_and_after_the_window() -> None:
