@@ -8,14 +8,17 @@ of all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, timer
 from torch import Tensor
 
+from lightning_mics.ladder import RUNGS
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import (
     Batch,
@@ -31,6 +34,10 @@ from tests.distributed.toys import (
 
 WINDOW = 4
 VALIDATION = 900
+LOWEST, HIGHEST = map(str, (RUNGS[0], RUNGS[-1]))
+"""Rungs of the memory ladder: everything in shards; parameters and gradients whole for the window."""
+
+on_both_ends_of_the_ladder = pytest.mark.parametrize("rung", [LOWEST, HIGHEST])
 
 
 def _validation() -> Batches:
@@ -42,10 +49,10 @@ def _fit(strategy: Any, module: Toy, data: Any, val: Any = None, **options: Any)
     return module
 
 
-def _compare(what: str, make: Callable[[], Toy], fits: Callable[[Any, Toy], object]) -> None:
+def _compare(what: str, make: Callable[[], Toy], fits: Callable[[Any, Toy], object], rung: str = LOWEST) -> None:
     """`fits(strategy, module)` under MiCS and under DDP end alike; `strategy()` makes one for each Trainer."""
     ours, theirs = make(), make()
-    fits(mics, ours)
+    fits(partial(mics, rung=rung), ours)
     fits(ddp, theirs)
     assert_same_training(ours, theirs, what)
 
@@ -125,29 +132,32 @@ class SkipsBackward(Toy):
 SKIPPED = {4, 9, 15}
 
 
-def _skipped(what: str, make: Callable[[], Toy], data: Batches, unstepped: Collection[int]) -> None:
+def _skipped(what: str, make: Callable[[], Toy], data: Batches, unstepped: Collection[int], rung: str = LOWEST) -> None:
     for val in (None, _validation()):  # validation clears gradients, too
-        ours = _fit(mics(), make(), data, val, val_check_interval=WINDOW)
+        ours = _fit(mics(rung=rung), make(), data, val, val_check_interval=WINDOW)
         hand = by_hand(seeded(Toy), 24, SKIPPED, unstepped)
         hand.validated = hand.validated if val else []
         assert_same_training(ours, hand, what)
 
 
-def _skipped_batches() -> None:
+def _skipped_batches(rung: str) -> None:
     # Nor does Lightning step at a boundary without a batch.
-    _skipped("batches of None", lambda: seeded(Toy), Batches(24, skip=SKIPPED), unstepped={3})
+    _skipped("batches of None", lambda: seeded(Toy), Batches(24, skip=SKIPPED), unstepped={3}, rung=rung)
 
 
-def _skipped_backwards() -> None:
-    _skipped("forwards without a backward", lambda: seeded(SkipsBackward, skip=SKIPPED), Batches(24), unstepped=())
+def _skipped_backwards(rung: str) -> None:
+    make = partial(seeded, SkipsBackward, skip=SKIPPED)
+    _skipped("forwards without a backward", make, Batches(24), unstepped=(), rung=rung)
 
 
-def test_skipped_batches_add_nothing_and_leak_nothing() -> None:
-    run_ranks(4, _skipped_batches)
+@on_both_ends_of_the_ladder
+def test_skipped_batches_add_nothing_and_leak_nothing(rung: str) -> None:
+    run_ranks(4, _skipped_batches, rung)
 
 
-def test_a_boundary_without_backward_steps_on_the_synchronised_window() -> None:
-    run_ranks(4, _skipped_backwards)
+@on_both_ends_of_the_ladder
+def test_a_boundary_without_backward_steps_on_the_synchronised_window(rung: str) -> None:
+    run_ranks(4, _skipped_backwards, rung)
 
 
 # -- guards that drop gradients or steps -------------------------------------------------------------------------------
@@ -222,16 +232,16 @@ class TakesLong(Toy):
         return super().training_step(batch, batch_idx)
 
 
-def _stopped_then_again() -> None:
+def _stopped_then_again(rung: str) -> None:
     def twice(strategy: Any, module: Toy, **options: Any) -> None:
         _fit(strategy(), module, Batches(12), **options)
         if len(module.losses) != 6:
             raise AssertionError(f"stopped after {len(module.losses)} micro-steps, not after 6")
         _fit(strategy(), module, Batches(12, first=100))
 
-    _compare("should_stop", lambda: seeded(Stops), twice)
+    _compare("should_stop", lambda: seeded(Stops), twice, rung)
     with patch.object(timer, "time", Clock):
-        _compare("max_time", lambda: seeded(TakesLong), lambda s, m: twice(s, m, max_time={"minutes": 30}))
+        _compare("max_time", lambda: seeded(TakesLong), lambda s, m: twice(s, m, max_time={"minutes": 30}), rung)
 
 
 class Fails(Toy):
@@ -254,7 +264,7 @@ class Fails(Toy):
         raise self.error("as meant")
 
 
-def _fails_then_again(error: type[BaseException], where: str, caught: type[BaseException]) -> None:
+def _fails_then_again(error: type[BaseException], where: str, caught: type[BaseException], rung: str) -> None:
     def twice(strategy: Any, module: Toy) -> None:
         try:
             _fit(strategy(), module, Batches(12))
@@ -264,13 +274,13 @@ def _fails_then_again(error: type[BaseException], where: str, caught: type[BaseE
             raise AssertionError("nothing was raised")
         _fit(strategy(), module, Batches(12, first=100))
 
-    _compare(f"{error.__name__} in {where}", lambda: seeded(Fails, error=error, where=where), twice)
+    _compare(f"{error.__name__} in {where}", lambda: seeded(Fails, error=error, where=where), twice, rung)
 
 
-def _exceptions_then_again() -> None:
-    _fails_then_again(ValueError, "forward", ValueError)
-    _fails_then_again(ValueError, "backward", ValueError)
-    _fails_then_again(KeyboardInterrupt, "forward", SystemExit)
+def _exceptions_then_again(rung: str) -> None:
+    _fails_then_again(ValueError, "forward", ValueError, rung)
+    _fails_then_again(ValueError, "backward", ValueError, rung)
+    _fails_then_again(KeyboardInterrupt, "forward", SystemExit, rung)
 
 
 class ReturnsNone(Toy):
@@ -293,12 +303,14 @@ def _none_then_again() -> None:
     _compare("training_step returns None", lambda: seeded(ReturnsNone), twice)
 
 
-def test_stopped_in_mid_window_then_fit_again() -> None:
-    run_ranks(4, _stopped_then_again)
+@on_both_ends_of_the_ladder
+def test_stopped_in_mid_window_then_fit_again(rung: str) -> None:
+    run_ranks(4, _stopped_then_again, rung)
 
 
-def test_an_exception_in_mid_window_then_fit_again() -> None:
-    run_ranks(4, _exceptions_then_again)
+@on_both_ends_of_the_ladder
+def test_an_exception_in_mid_window_then_fit_again(rung: str) -> None:
+    run_ranks(4, _exceptions_then_again, rung)
 
 
 def test_a_training_step_of_none_then_fit_again() -> None:
