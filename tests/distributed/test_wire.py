@@ -12,13 +12,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lightning_mics.accounting import WireBytes
 from lightning_mics.groups import Groups, Tiers
 from lightning_mics.ladder import RUNGS, Gradients, Parameters, Rung
 from lightning_mics.network import Network, Tier
+from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 from tests.distributed.counting import Call, collectives
@@ -245,6 +248,44 @@ def test_every_element_of_every_rung(ranks_per_node: int, partition_size: int, n
                     if to // ranks_per_node != rank // ranks_per_node
                 )
                 assert (*(4 * each.total() for each in total.values()), 4 * inter_node) == foretold
+
+
+def _narrow(partition_size: int) -> tuple[Counter[tuple[str, bool, torch.dtype]], WireBytes]:
+    """Bytes of a window of one micro-step by kind, whether they left the node, and dtype; and what was foretold."""
+    groups = Groups.create(Topology(4, 2, partition_size), "cpu")
+    root = shard(gpt(), groups, precision=Precision(between_nodes=torch.bfloat16), network=ONE_TIER)
+    (calls,), kinds, sent = window_of_calls(root, 1), traffic(groups), Counter[tuple[str, bool, torch.dtype]]()
+    for call in calls:
+        if call.kind == "send":
+            sent[kinds[call.group], call.to // 2 != dist.get_rank() // 2, call.dtype] += call.nbytes
+    return sent, root.wire_bytes(1)
+
+
+@pytest.mark.parametrize("partition_size", [1, 4])
+def test_16_bits_between_nodes(partition_size: int) -> None:
+    """Gathers and hop 2 go over two tiers on any network, and cross in bf16; inside a node, and in hop 1, all is fp32.
+
+    Of four slots of s bytes in fp32, a rank sends 2 s inside the node and s/2 out of it for a gather, and twice that
+    for an all-reduce; for a reduce-scatter, which takes the four ranks as one on this network, s and 2 s.
+    """
+    block, outside, usage = numels()
+    slot, bf16, fp32 = LAYERS * block + outside, torch.bfloat16, torch.float32  # bytes of a quarter of the model
+    for rank, (sent, told) in enumerate(run_ranks(4, _narrow, partition_size)):
+        if partition_size == 1:
+            riders = all_reduce_sends(((0, 1), (2, 3)), rank, usage)
+            inside, crossing = riders[rank ^ 1], riders[(rank + 2) % 4]
+            assert sent == {("hop 2", False, fp32): 4 * (slot + inside), ("hop 2", True, bf16): slot + 2 * crossing}
+            assert (told.hop_2, told.inter_node) == (5 * slot, slot)
+        else:
+            gathers = 2 * LAYERS * block + outside  # in elements, and so bytes of slots of a quarter
+            assert sent == {
+                ("gather", False, fp32): 2 * gathers,
+                ("gather", True, bf16): gathers // 2,
+                ("hop 1", False, fp32): slot,
+                ("hop 1", True, fp32): 2 * slot,
+            }
+            assert (told.gather, told.hop_1) == (gathers * 5 // 2, 3 * slot)
+            assert told.inter_node == gathers // 2 + 2 * slot
 
 
 def _no_window() -> tuple[Measured, Measured]:
