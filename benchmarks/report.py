@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.results import Results, Row
+from benchmarks.results import Row
 
 _OURS = "mics:"
 
 
-def table(rows: Sequence[Row], shape: str) -> Iterator[Table]:
-    """A table for each window of the rows of one link and `shape`."""
-    for (link, _, window), group in groupby((row for row in rows if row.shape == shape), lambda row: row.case):
+def table(rows: Sequence[Row]) -> Iterator[Table]:
+    """A table for each link, shape and window, in the order of the rows."""
+    for (link, shape, window), group in groupby(rows, lambda row: row.case):
         yield _case_table(f"{shape}, window {window}, {link}", [*group])
 
 
@@ -44,11 +44,11 @@ def _case_table(title: str, rows: Sequence[Row]) -> Table:
     return out
 
 
-def picture(results: Results, file: Path) -> None:
+def picture(rows: Sequence[Row], file: Path) -> None:
     """Draw medians with their interquartile range, and bytes beside their bound, a row of axes for each case."""
     from matplotlib import pyplot
 
-    grouped = [(case, [*group]) for case, group in groupby(results.rows, lambda row: row.case)]
+    grouped = [(case, [*group]) for case, group in groupby(rows, lambda row: row.case)]
     if not grouped:
         return
     height = sum(len(rows) for _, rows in grouped) * 0.24 + len(grouped) * 0.9

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -36,7 +36,7 @@ _FOLDER = Path(__file__).parent / "results"
 _MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _QUICK_PEERS = (
     *("alone", "ddp", "zero3", "hsdp-every", "fsdp2:block/sharded"),
-    *("mics:block/sharded", "mics:micro_step/sharded", "mics:window/whole"),
+    *("mics:block/sharded", "mics:window/whole"),
 )
 
 app = typer.Typer(add_completion=False)
@@ -69,19 +69,25 @@ def main(
     results = Results(about(**options, partition_sizes=partition_size), [])
     target = folder / f"{date.today().isoformat()}-{name}"
 
+    complete = True
     for each in shapes:
         nodes, ranks = parse_shape(each)
-        sizes = sizes_of(nodes, ranks, partition_size)
-        plan = Plan("", nodes, ranks, sizes, windows, names, repetitions)
-        weights = dict(_weigh(plan)) if memory else {}
+        plan = Plan("", nodes, ranks, sizes_of(nodes, ranks, partition_size), windows, names, repetitions)
+        weighed, weights = measured(replace(plan, link="unshaped", memory=True), Link()) if memory else (True, [])
+        peaks = {(row.peer, row.partition_size, row.window): row.peak_memory for row in weights}
+        complete = complete and weighed
         for text in links:
-            for row in measured(replace(plan, link=str(Link.parse(text))), Link.parse(text)):
-                key = (row.partition_size, row.window, row.peer)
-                results.rows.append(replace(row, peak_memory=weights.get(key)))
+            here = Link.parse(text)
+            timed, rows = measured(replace(plan, link=str(here)), here)
+            complete = complete and timed
+            rows = [replace(row, peak_memory=peaks.get((row.peer, row.partition_size, row.window))) for row in rows]
+            results.rows.extend(rows)
             results.save(target)
-            console.print(*table([row for row in results.rows if row.link == str(Link.parse(text))], each), sep="\n")
-    picture(results, target / "wire.png")
+            console.print(*table(rows), sep="\n")
+        picture([row for row in results.rows if row.shape == each], target / f"{each}.png")
     console.print(f"results in {target}")
+    if not complete:
+        raise typer.Exit(1)
 
 
 def chosen(wanted: Iterable[str]) -> list[str]:
@@ -130,25 +136,21 @@ def sizes_of(nodes: int, ranks: int, wanted: Iterable[int] | None) -> list[int]:
     return sizes
 
 
-def measured(plan: Plan, link: Link) -> Iterator[Row]:
-    """Run a plan on a cluster of its own."""
+def measured(plan: Plan, link: Link) -> tuple[bool, list[Row]]:
+    """Run a plan on a cluster of its own: whether it came to its end, and the rows of the windows that did."""
     environment = _MEMORY_ENVIRONMENT if plan.memory else {}
     with tempfile.TemporaryDirectory() as place, VirtualCluster(plan.nodes, plan.ranks_per_node, link) as cluster:
         plan_file, rows_file = Path(place, "plan.json"), Path(place, "rows.jsonl")
         plan_file.write_text(json.dumps(asdict(plan)))
         rows_file.touch()
+        complete = True
         with console.status(f"{plan.nodes}x{plan.ranks_per_node} on {link}{', memory' * plan.memory}"):
             try:
                 cluster.torchrun("-m", "benchmarks.worker", str(plan_file), str(rows_file), env=environment)
             except CommandFailed as error:
-                console.print(f"[red]{error}; what came before it is kept")
-        for line in rows_file.read_text().splitlines():
-            yield Row(**json.loads(line))
-
-
-def _weigh(plan: Plan) -> Iterator[tuple[tuple[int, int, str], int | None]]:
-    for row in measured(replace(plan, link="unshaped", memory=True), Link()):
-        yield (row.partition_size, row.window, row.peer), row.peak_memory
+                console.print(f"[red]{error}; windows before it are kept")
+                complete = False
+        return complete, [Row(**json.loads(line)) for line in rows_file.read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -69,4 +69,4 @@ def test_bytes_of_a_run_from_end_to_end(tmp_path: Path) -> None:
         {("fsdp2:block/sharded", 2): 1.0, ("mics:window/whole", 2): 1.0, ("mics:window/whole", 4): 1.0}, rel=0.02
     )
     assert all(len(row.losses) == 2 and len(row.seconds) == 1 for row in rows.values())
-    assert (folder / "wire.png").exists()
+    assert (folder / "2x2.png").exists()
