@@ -138,7 +138,7 @@ def sizes_of(nodes: int, ranks: int, wanted: Iterable[int] | None) -> list[int]:
 
 def measured(plan: Plan, link: Link) -> tuple[bool, list[Row]]:
     """Run a plan on a cluster of its own: whether it came to its end, and the rows of the windows that did."""
-    environment = _MEMORY_ENVIRONMENT if plan.memory else {}
+    environment = {"PYTHONWARNINGS": "ignore"} | (_MEMORY_ENVIRONMENT if plan.memory else {})
     with tempfile.TemporaryDirectory() as place, VirtualCluster(plan.nodes, plan.ranks_per_node, link) as cluster:
         plan_file, rows_file = Path(place, "plan.json"), Path(place, "rows.jsonl")
         plan_file.write_text(json.dumps(asdict(plan)))
