@@ -54,16 +54,22 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         Results.load(tmp_path)
 
 
-def test_table_and_picture(tmp_path: Path) -> None:
-    rows = [replace(_ROW, peer="alone", seconds=[0.3], bound=0.0), _ROW, replace(_ROW, window=1)]
+_ROWS = [replace(_ROW, peer="alone", seconds=[0.3], bound=0.0), _ROW, replace(_ROW, window=1)]
+
+
+def test_table() -> None:
     console = Console(width=120, record=True, quiet=True)
-    tables = [*table(rows)]
+    tables = [*table(_ROWS)]
     assert len(tables) == 2  # one a window
     console.quiet = False
     with console.capture() as shown:
         console.print(tables[0])
     assert "1.020" in shown.get() and "10%" in shown.get()  # over the bound; computing alone is 0.3 of 3 s
-    picture(rows, tmp_path / "wire.png")
+
+
+def test_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture(_ROWS, tmp_path / "wire.png")
     assert (tmp_path / "wire.png").stat().st_size > 10_000
 
 
