@@ -58,10 +58,9 @@ _ROWS = [replace(_ROW, peer="alone", seconds=[0.3], bound=0.0), _ROW, replace(_R
 
 
 def test_table() -> None:
-    console = Console(width=120, record=True, quiet=True)
     tables = [*table(_ROWS)]
     assert len(tables) == 2  # one a window
-    console.quiet = False
+    console = Console(width=120)
     with console.capture() as shown:
         console.print(tables[0])
     assert "1.020" in shown.get() and "10%" in shown.get()  # over the bound; computing alone is 0.3 of 3 s
