@@ -8,6 +8,7 @@ of all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,11 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, timer
 from torch import Tensor
 
+from lightning_mics.groups import Groups
 from lightning_mics.ladder import RUNGS
+from lightning_mics.sharding import shard
+from lightning_mics.topology import Topology
+from tests.distributed.counting import collectives
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import (
     Batch,
@@ -315,3 +320,32 @@ def test_an_exception_in_mid_window_then_fit_again(rung: str) -> None:
 
 def test_a_training_step_of_none_then_fit_again() -> None:
     run_ranks(4, _none_then_again)
+
+
+def _bracketed() -> list[int]:
+    """Messages of hop 2 in backward passes after brackets that ended in every way."""
+    n = dist.get_world_size()
+    root = shard(torch.nn.Linear(4, 4), Groups.create(Topology(n, n, 1), "cpu"))
+    root.one_backward = True
+
+    def messages() -> int:
+        with collectives() as calls, root.window.backward():
+            root(torch.ones(1, 4)).sum().backward()
+        return len(calls)
+
+    plain = messages()
+    with root.window.hop_1_only():
+        with root.window.hop_1_only():
+            inside = [messages()]
+        inside.append(messages())  # the inner bracket has not ended the outer one
+    after = [messages()]
+    with suppress(KeyError), root.window.hop_1_only():
+        raise KeyError
+    after.append(messages())
+    return [plain, *inside, *after]
+
+
+def test_synchronisation_is_back_on_however_a_bracket_ends() -> None:
+    for plain, *inside_and_after in run_ranks(2, _bracketed):
+        assert plain > 0
+        assert inside_and_after == [0, 0, plain, plain]
