@@ -172,6 +172,7 @@ def _owner(then: str) -> Iterator[subprocess.Popen[str]]:
     program = f"""
         import os, signal, subprocess, sys, time
         from benchmarks.cluster import Link, VirtualCluster
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs behind itself
         with VirtualCluster(2, 1, Link(1e9, 1e-3)) as cluster:
             child = cluster.run(0, "sleep", "100")
             print(child.pid, flush=True)
