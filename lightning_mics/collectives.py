@@ -140,7 +140,7 @@ def collectives_for(tiers: Tiers, network: Network, between_nodes: torch.dtype |
 
 def flat_all_gather(buffer: Tensor, tiers: Tiers) -> None:
     """`Collectives.all_gather` in one collective."""
-    own = buffer.view(tiers.size, -1)[_index(tiers)]
+    own = buffer.view(tiers.size, -1)[tiers.index]
     dist.all_gather(list(buffer.view(tiers.size, -1).unbind()), own.clone(), group=tiers.everyone)
 
 
@@ -150,11 +150,7 @@ def flat_reduce_scatter(buffer: Tensor, tiers: Tiers) -> Tensor:
     dist.all_gather(everything, buffer, group=tiers.everyone)
     wide = torch.promote_types(buffer.dtype, torch.float32)
     total = torch.stack([each.to(wide) for each in everything]).sum(dim=0)
-    return total.view(tiers.size, -1)[_index(tiers)].to(buffer.dtype)
-
-
-def _index(tiers: Tiers) -> int:
-    return tiers.node * tiers.per_node + tiers.local
+    return total.view(tiers.size, -1)[tiers.index].to(buffer.dtype)
 
 
 # -- from point to point -----------------------------------------------------------------------------------------------
@@ -176,7 +172,7 @@ class Exchange(Collectives):
 
     def all_gather(self, buffer: Tensor) -> None:
         slots = buffer.view(self._hierarchical.size, -1).unbind()
-        _gather(slots, self.tiers_for(slots[0].numel() * buffer.itemsize), self.crossing_dtype(buffer.dtype))
+        _gather(slots, self.tiers_for(slots[0].nbytes), self.crossing_dtype(buffer.dtype))
 
     def reduce_scatter(
         self, buffer: Tensor, out: Tensor | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
@@ -184,24 +180,24 @@ class Exchange(Collectives):
         if op != dist.ReduceOp.SUM:
             raise ValueError(f"op={op} cannot be added here; choose ReduceOp.SUM and divide")
         slots = buffer.view(self._hierarchical.size, -1).unbind()
-        tiers = self.tiers_for(slots[0].numel() * buffer.itemsize)
+        tiers = self.tiers_for(slots[0].nbytes)
         _reduce(slots, tiers, None)
-        total = slots[_index(tiers)]
+        total = slots[tiers.index]
         return total if out is None else out.copy_(total)
 
     def all_reduce(self, buffer: Tensor) -> None:
         slots = buffer.tensor_split(self._hierarchical.size)
-        tiers = self.tiers_for(slots[0].numel() * buffer.itemsize)
+        tiers = self.tiers_for(slots[0].nbytes)
         narrow = self.crossing_dtype(buffer.dtype)
         _reduce(slots, tiers, narrow)
         if narrow is not None and tiers.nodes > 1:  # as every other node will have it
-            slots[_index(tiers)].copy_(slots[_index(tiers)].to(narrow))
+            slots[tiers.index].copy_(slots[tiers.index].to(narrow))
         _gather(slots, tiers, narrow)
 
 
 def _gather(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -> None:
     """Fill `slots` from the ranks whose they are: chunk by chunk between nodes, and each on inside the node."""
-    own = slots[_index(tiers)]
+    own = slots[tiers.index]
     here = [slots[node * tiers.per_node + tiers.local] for node in range(tiers.nodes)]
     between, inside = _Peers(tiers, "inter_node", narrow), _Peers(tiers, "intra_node")
     chunks = [*_chunks(max(slots, key=Tensor.numel))]  # as many on every rank, whosever slot is shorter
@@ -230,7 +226,7 @@ def _reduce(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -
 
     This rank's slot holds the sum; the others hold partial sums.
     """
-    own = slots[_index(tiers)]
+    own = slots[tiers.index]
     here = [slots[node * tiers.per_node + tiers.local] for node in range(tiers.nodes)]
     between, inside = _Peers(tiers, "inter_node", narrow), _Peers(tiers, "intra_node")
     rounds = [
@@ -370,7 +366,7 @@ class Native(Collectives):
     def all_gather(self, buffer: Tensor) -> None:
         slots = buffer.view(self._hierarchical.size, -1)
         tiers = self.tiers_for(slots[0].nbytes)
-        own = slots[_index(tiers)]
+        own = slots[tiers.index]
         narrow = self.crossing_dtype(own.dtype)
         if tiers.inter_node is None or (tiers.intra_node is None and narrow is None):
             all_gather_single(buffer, own, tiers.everyone)

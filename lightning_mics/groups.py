@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -50,15 +51,20 @@ class Tiers:
         """How many ranks there are."""
         return self.nodes * self.per_node
 
-    @property
+    @cached_property
     def node(self) -> int:
         """Which of the nodes is this rank's."""
         return next(index for index, ranks in enumerate(self.ranks) if self.rank in ranks)
 
-    @property
+    @cached_property
     def local(self) -> int:
         """Which of its node's ranks this rank is."""
         return self.ranks[self.node].index(self.rank)
+
+    @property
+    def index(self) -> int:
+        """Which of all the ranks this rank is."""
+        return self.node * self.per_node + self.local
 
     def flat(self) -> Tiers:
         """The same ranks without the distinction, as though they were on one node."""

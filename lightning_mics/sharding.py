@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,8 +33,6 @@ from lightning_mics.precision import Precision
 from lightning_mics.two_hop import Bucket, Window
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Wire
-
-_Module = TypeVar("_Module", bound=nn.Module)
 
 _UNCHANGED = Precision()
 
@@ -322,7 +319,7 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
         root.wire.hop_2,
         root.order,
         Usage({module: slots[name] for name, module in gathering.items()}),
-        on_rung=partial(_reshard_blocks_after_forward, root.blocks),
+        on_rung=functools.partial(_reshard_blocks_after_forward, root.blocks),
         reshard_after_backward=root.set_reshard_after_backward,  # type: ignore[arg-type]
         sum_dtype=root.precision.sum_dtype(widest),
     )
