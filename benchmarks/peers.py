@@ -42,8 +42,7 @@ class _Loop:
     """A plain training loop; subclasses say what happens around each micro-step.
 
     Args:
-        model: called for the loss.
-        parameters: of the optimizer; by default the model's.
+        model: called for the loss; the optimizer has its parameters.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,14 +54,20 @@ class _Loop:
         for index, ids in enumerate(batches):
             with self.micro_step(boundary=index == len(batches) - 1):
                 loss = loss_of(self.model, ids)
-                (loss / len(batches)).backward()
+                self.backward(loss / len(batches))
             total += loss.item()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.update()
         return total / len(batches)
 
     def micro_step(self, boundary: bool) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def close(self) -> None:
         pass
@@ -131,22 +136,19 @@ class MiCS(_Loop):
         self.root = root
         self._steps = 0
 
-    def step(self, batches: Sequence[Tensor]) -> float:
-        self._steps += 1
+    def micro_step(self, boundary: bool) -> AbstractContextManager[Any]:
         self.root.window.begin(self._steps)
-        total = 0.0
-        for index, ids in enumerate(batches):
-            boundary = index == len(batches) - 1
-            with nullcontext() if boundary else self.root.window.hop_1_only():
-                loss = loss_of(self.root, ids)
-                with self.root.window.backward():
-                    (loss / len(batches)).backward()
-            total += loss.item()
+        return nullcontext() if boundary else self.root.window.hop_1_only()
+
+    def backward(self, loss: Tensor) -> None:
+        with self.root.window.backward():
+            super().backward(loss)
+
+    def update(self) -> None:
         self.root.window.close()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        super().update()
         self.root.release()
-        return total / len(batches)
+        self._steps += 1
 
 
 @dataclass(frozen=True)

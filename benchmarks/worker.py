@@ -11,8 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,12 +24,14 @@ from benchmarks.cluster import bytes_sent
 from benchmarks.model import batches, build, size_of
 from benchmarks.peers import PEERS, Peer
 from benchmarks.results import Row
+from lightning_mics import memory
 from lightning_mics.topology import Topology
 
 LOSS_TOLERANCE = 2e-5
 """Relative; fp32 sums in another order, over a few AdamW steps."""
 _REFERENCES = ("ddp", "zero3")
 _UNLIKE_OTHERS = ("alone",)
+_CPU = torch.device("cpu")
 _MICRO_STEPS_FOR_MEMORY = 2  # from the second on, a window holds what it ever will
 
 
@@ -147,40 +148,22 @@ def weigh_case(plan: Plan, window: int) -> list[Row]:
 
 def _weigh(plan: Plan, name: str, topology: Topology, window: int, micro_steps: int) -> Row:
     row = plan.row(name, topology, window)
-    before = _resident()
+    _trim()
+    before = memory.in_use(_CPU)
     peer = PEERS[name].make(topology, micro_steps)
     losses = [peer.step(batches(0, dist.get_rank(), micro_steps))]
-    with _high_water() as peak:
-        losses.append(peer.step(batches(1, dist.get_rank(), micro_steps)))
-    most = torch.tensor(peak[0] - before)
+    _trim()
+    memory.reset_peak(_CPU)
+    losses.append(peer.step(batches(1, dist.get_rank(), micro_steps)))
+    most = torch.tensor(memory.peak(_CPU) - before)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     peer.close()
     return replace(row, peak_memory=int(most), losses=losses)
 
 
-@contextmanager
-def _high_water() -> Iterator[list[int]]:
-    """The most bytes that are resident within; in the list when it is over."""
-    peak: list[int] = []
-    _trim()
-    Path("/proc/self/clear_refs").write_text("5")
-    yield peak
-    peak.append(_status("VmHWM"))
-
-
-def _resident() -> int:
-    _trim()
-    return _status("VmRSS")
-
-
 def _trim() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 # -- the process -------------------------------------------------------------------------------------------------------
