@@ -87,15 +87,14 @@ def reduce_scatter_single(output: Tensor, whole: Tensor, group: dist.ProcessGrou
     reduce(output, whole, op=op, group=group)
 
 
-def coalesced(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[Any]:
+def coalesced(group: dist.ProcessGroup, backend: str) -> AbstractContextManager[Any]:
     """Issue the collectives in here as one, where the backend can: NCCL launches them together.
 
-    torch has no public name for it. Elsewhere they are issued one by one. No test without several
-    GPUs.
+    torch has no public name for it. It takes a device, too, for backends that cannot gather or reduce-scatter several
+    tensors in one call; NCCL can, and given one would open a second group around that call. Elsewhere they are issued
+    one by one. No test without several GPUs.
     """
-    if dist.get_backend(group) != "nccl":
-        return nullcontext()
-    return dist.distributed_c10d._coalescing_manager(group, device)
+    return dist.distributed_c10d._coalescing_manager(group) if backend == "nccl" else nullcontext()
 
 
 def allow_wide_gradients(param: nn.Parameter) -> None:

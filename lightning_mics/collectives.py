@@ -5,9 +5,9 @@ hierarchical one (p-k)/p (MiCS, arXiv 2205.00119, section 3.3): first between no
 inside each node. Reduce-scatter is the mirror; all-reduce is one after the other.
 
 All work in place on one flat buffer of as many slots as there are ranks, in the order of ranks, so that nothing is
-reordered. There are two forms. `Exchange` sends from point to point and adds here: gloo, whose own reduce-scatter costs
-an all-reduce. `Native` issues the backend's collectives, stage by stage: NCCL. Beside them stand `flat_all_gather` and
-`flat_reduce_scatter`, the same in one line each, for tests to compare with.
+reordered. There are two forms. `Exchange` sends from point to point and adds here: gloo on CPU, whose own
+reduce-scatter costs an all-reduce. `Native` issues the backend's collectives, stage by stage: everything else. Beside
+them stand `flat_all_gather` and `flat_reduce_scatter`, the same in one line each, for tests to compare with.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_mics._compat import all_gather_single, coalesced, reduce_scatter_single
 from lightning_mics.channels import CollectiveError
-from lightning_mics.groups import Tiers
+from lightning_mics.groups import Tiers, backend_for
 from lightning_mics.network import Network
 
 _Result = TypeVar("_Result")
@@ -129,10 +129,13 @@ class Collectives(ABC):
         """
 
 
-def collectives_for(tiers: Tiers, network: Network, between_nodes: torch.dtype | None = None) -> Collectives:
-    """The form that suits the backend of `tiers`; see `Collectives`."""
-    form = Exchange if dist.get_backend(tiers.everyone) == "gloo" else Native
-    return form(tiers, network, between_nodes)
+def collectives_for(
+    tiers: Tiers, network: Network, device: torch.device, between_nodes: torch.dtype | None = None
+) -> Collectives:
+    """The form that suits tensors on `device` and the backend of `tiers` there; see `Collectives`."""
+    # gloo's sends and receives take memory of the host only; its collectives copy an accelerator's there and back.
+    messages = device.type == "cpu" and backend_for(device, tiers.everyone) == "gloo"
+    return (Exchange if messages else Native)(tiers, network, between_nodes)
 
 
 # -- the readable twins ------------------------------------------------------------------------------------------------
@@ -379,7 +382,7 @@ class Native(Collectives):
         if tiers.intra_node is None:
             buffer.copy_(here.view(-1))
             return
-        with coalesced(tiers.intra_node, buffer.device):
+        with coalesced(tiers.intra_node, backend_for(buffer.device, tiers.intra_node)):
             for node, target in enumerate(slots.view(tiers.nodes, -1)):
                 all_gather_single(target, here[node], tiers.intra_node)
 
@@ -393,7 +396,7 @@ class Native(Collectives):
             reduce_scatter_single(total, buffer, tiers.everyone, op)
             return total
         here = torch.empty_like(slots[: tiers.nodes])
-        with coalesced(tiers.intra_node, buffer.device):
+        with coalesced(tiers.intra_node, backend_for(buffer.device, tiers.intra_node)):
             for node, source in enumerate(slots.view(tiers.nodes, -1)):
                 reduce_scatter_single(here[node], source, tiers.intra_node, op)
         reduce_scatter_single(total, here.view(-1), tiers.inter_node, op)

@@ -134,6 +134,15 @@ class Groups:
         return cls(topology, mesh, *tiers)
 
 
+def backend_for(device: torch.device, group: dist.ProcessGroup | None = None) -> str:
+    """The backend that carries tensors on `device` in `group`, the default group by default.
+
+    A group may have one for each kind of device, as "cpu:gloo,cuda:nccl".
+    """
+    by_device = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return by_device.get(device.type) or str(dist.get_backend(group))
+
+
 def _tiers(ranks: tuple[tuple[int, ...], ...], rank: int, timeout: timedelta | None) -> Tiers | None:
     everyone = tuple(rank for node in ranks for rank in node)
     if len(everyone) == 1:

@@ -105,7 +105,7 @@ class Window:
         self._sum_dtype = sum_dtype
         self._key: object = None
         self._micro_steps = 0
-        self._near_budget: Tensor | None = None
+        self._near_budget: Tensor | float | None = None
         self._stale = False
         self._hop_1_only = False
         self._overlapping = False
@@ -305,23 +305,30 @@ class Window:
         """On how many ranks of the partition group each parameter got a gradient in this window.
 
         And last, how many came near their memory budget. One all-reduce of four bytes a parameter in the partition
-        group, and one over the replicas. None in manual optimization, where ranks are taken to run the same code.
+        group, and one over the replicas. None in manual optimization, where ranks are taken to run the same code, and
+        where there is one rank.
         """
         if not self.one_backward:
             return None
         near_budget = self.climb.measured() if self.climb is not None else 0.0
+        if self._groups.topology.world_size == 1:
+            self._near_budget = near_budget
+            return None
+        device = self._groups.device
+        # From pinned memory, so that the host goes on; otherwise it would wait for the whole backward here.
         used = torch.tensor(
             [*(float(self._usage.saw(p)) for p in self._parameters()), near_budget],
             dtype=torch.float32,
-            device=self._groups.device,
-        )
+            pin_memory=device.type != "cpu",
+        ).to(device, non_blocking=True)
         if self._groups.topology.partition_size > 1:
             dist.all_reduce(used, group=self._groups.partition_group)
         return used
 
     def _clear_unused(self, used: Tensor | None) -> None:
         """A parameter without a gradient on any rank has none, rather than one of zeros: its optimizer skips it."""
-        self._near_budget = used[-1] if used is not None else None
+        if used is not None:
+            self._near_budget = used[-1]
         params = list(self._parameters())
         seen = [self._usage.saw(p) for p in params]
         if all(seen):

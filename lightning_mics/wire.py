@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from lightning_mics.channels import Channel, channel_for
 from lightning_mics.collectives import Collectives, collectives_for
-from lightning_mics.groups import Groups, Tiers
+from lightning_mics.groups import Groups, Tiers, backend_for
 from lightning_mics.network import Network, Tier
 
 
@@ -49,14 +49,15 @@ class Wire:
             network: decides for each message between flat and hierarchical; by default `Network.default`.
             between_nodes: see `Precision`.
         """
-        device, backend = groups.device, dist.get_backend()
+        device = groups.device
+        backend = backend_for(device)
         network = _agreed(network or Network.default(groups.topology.ranks_per_node, device.type), device)
 
         def traffic(tiers: Tiers | None, name: str, narrow: torch.dtype | None = None) -> Traffic | None:
             if tiers is None:
                 return None
             channel = channel_for(device, backend, f"mics-{name}", own_stream=name == "hop-2")
-            return Traffic(collectives_for(tiers, network, narrow), channel)
+            return Traffic(collectives_for(tiers, network, device, narrow), channel)
 
         return cls(
             gather=traffic(groups.gather, "gather", between_nodes),
