@@ -190,11 +190,10 @@ def check_ladder(device: torch.device) -> Iterator[Check]:
 
 def _distance(param: nn.Parameter, whole: Tensor, root: MiCSModule) -> float:
     """How far this rank's shard is from its part of `whole`."""
-    assert isinstance(param, DTensor)
     topology = root.groups.topology
     chunks = whole.chunk(topology.partition_size)
     place = topology.shard_of(dist.get_rank())
-    own = param.to_local().detach().cpu()
+    own = (param.to_local() if isinstance(param, DTensor) else param).detach().cpu()
     part = chunks[place] if place < len(chunks) else whole[:0]
     if own.shape != part.shape:
         return float("inf")

@@ -47,12 +47,14 @@ class Account:
         wire: how they travel.
         groups: among whom.
         precision: in what dtypes.
+        kept_whole: whether parameters are what they were before, and nothing is gathered.
     """
 
     buckets: Sequence[Bucket]
     wire: Wire
     groups: Groups
     precision: Precision
+    kept_whole: bool = False
 
     def sent(self, rung: Rung, window: int) -> WireBytes:
         """What one rank sends in an optimizer step of `window` micro-steps.
@@ -86,6 +88,9 @@ class Account:
             shards += sum(padded_numel(param, p) * param.itemsize for param in bucket.parameters)
             shards += summed * wide.itemsize
             gradients = sum(param.numel() * self.precision.travels(param.dtype).itemsize for param in bucket.trainable)
+            if self.kept_whole:
+                wholes.append(Whole(0, 0, 0))
+                continue
             wholes.append(Whole(p * gathered * travels.itemsize, gradients, p * summed * sums.itemsize))
         *blocks, outside = wholes
         return ModelBytes(shards, tuple(reversed(blocks)), outside)

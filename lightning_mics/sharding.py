@@ -53,6 +53,8 @@ class MiCSModule(nn.Module):
         self.precision = precision
         self.gathers: dict[nn.Module, BlockGather] = {}
         self.hops_1: dict[nn.Module, HopOne] = {}
+        self.gathering: tuple[FSDPModule, ...] = ()
+        """The modules that the engine gathers; none where parameters are kept whole."""
         self.wire: Wire
         self.blocks: tuple[Block, ...] = ()
         self.window: Window
@@ -104,7 +106,8 @@ class MiCSModule(nn.Module):
     def one_backward(self, value: bool) -> None:
         self.window.one_backward = value
         self.order.pass_skipped = value and self.groups.topology.partition_size > 1
-        reduce_unused_params(self, value)  # type: ignore[arg-type]
+        if self.gathering:
+            reduce_unused_params(self, value)  # type: ignore[arg-type]
         self._prefetch(value)
 
     def _prefetch(self, enable: bool) -> None:
@@ -129,11 +132,11 @@ class MiCSModule(nn.Module):
 
     def release(self) -> None:
         """Free what a forward without a backward left gathered, so that the next gather sees the optimizer's step."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                if module in self.gathers and self.gathers[module].prefetched:
-                    module.unshard()  # nothing but the end of what was begun
-                module.reshard()
+        for module in self.gathering:
+            gather = self.gathers.get(module)  # type: ignore[call-overload]
+            if gather is not None and gather.prefetched:
+                module.unshard()  # nothing but the end of what was begun
+            module.reshard()
 
     def abort(self) -> None:
         """After an exception in a forward or a backward: forget the window and whatever was under way."""
@@ -143,7 +146,7 @@ class MiCSModule(nn.Module):
         for param in self.parameters():
             if not isinstance(param, DTensor):  # still gathered: its backward did not finish
                 param.grad = None
-        if self._has_run:
+        if self._has_run and self.gathering:
             reset_iter_state(self)  # type: ignore[arg-type]
 
     def synchronize_buffers(self) -> None:
@@ -162,7 +165,7 @@ class MiCSModule(nn.Module):
         return self._account().held()
 
     def _account(self) -> Account:
-        return Account(self.window.buckets, self.wire, self.groups, self.precision)
+        return Account(self.window.buckets, self.wire, self.groups, self.precision, kept_whole=not self.gathering)
 
     def describe(self) -> str:
         """The choice of blocks, for people."""
@@ -193,7 +196,8 @@ def shard(
 ) -> MiCSModule:
     """Shard `module` over its partition group, in place, with hop 2 over the replication group.
 
-    Collective on the default group: values are made equal to rank 0's, wherever a rank's own came from.
+    Collective on the default group: values are made equal to rank 0's, wherever a rank's own came from. Where a rank's
+    shard is the whole (p = 1) in the dtype that computes, parameters stay what they are, and no engine is between.
 
     Args:
         module: any module; on the meta device, in whole or in part, it is materialised block by block.
@@ -208,7 +212,7 @@ def shard(
         network: what the two tiers can do, the same on every rank; by default `Network.default`.
 
     Returns:
-        The root to call; `module`'s parameters are now DTensors on the partition mesh.
+        The root to call; `module`'s parameters are now DTensors on the partition mesh, unless they are kept whole.
 
     Raises:
         ValueError: on every rank before any collective, for a scalar parameter, a block of mixed dtypes, or a module
@@ -225,6 +229,7 @@ def shard(
     _check_dtypes(slots)
 
     _equalize_user_shards(module, groups)
+    whole = _is_kept_whole(module, groups, precision)
     seed = common_seed(groups.device)
     materialize(module, _modules_outside(module, found), groups.device, seed)
     for block in found:
@@ -233,11 +238,10 @@ def shard(
             _checkpoint_activations(block.module)
         if compile is not None:  # the forward alone: hooks, which gather, stay outside the graph
             block.module.forward = torch.compile(block.module.forward, **compile)  # type: ignore[method-assign]
-        _shard_block(block.module, slots[block.name], groups, precision)
-    policy = _policy(precision, _parameters_at(slots[""]))
-    fully_shard(root, mesh=groups.partition_mesh, mp_policy=policy)
-    register_fsdp_forward_method(root, "as_output")
-    _gather_again_inside_forward(root, slots[""])
+        if not whole:
+            _shard_block(block.module, slots[block.name], groups, precision)
+    if not whole:
+        _shard_root(root, slots[""], groups, precision)
 
     root.blocks = found
     root.wire = Wire.create(groups, network, precision.between_nodes)
@@ -258,6 +262,20 @@ def _shard_block(module: nn.Module, slots: list[_Slot], groups: Groups, precisio
         mp_policy=_policy(precision, own),
         reshard_after_forward=True,
         ignored_params=ignored or None,
+    )
+
+
+def _shard_root(root: MiCSModule, slots: list[_Slot], groups: Groups, precision: Precision) -> None:
+    fully_shard(root, mesh=groups.partition_mesh, mp_policy=_policy(precision, _parameters_at(slots)))
+    register_fsdp_forward_method(root, "as_output")
+    _gather_again_inside_forward(root, slots)
+    root.gathering = tuple(module for module in root.modules() if isinstance(module, FSDPModule))
+
+
+def _is_kept_whole(module: nn.Module, groups: Groups, precision: Precision) -> bool:
+    """Whether each rank holds, computes with and updates whole parameters, so that an engine has nothing to do."""
+    return groups.topology.partition_size == 1 and not any(
+        isinstance(p, DTensor) or precision.travels(p.dtype) != p.dtype for p in module.parameters()
     )
 
 
@@ -298,6 +316,11 @@ def _reshard_blocks_after_forward(blocks: Sequence[Block], rung: Rung) -> None:
         block.module.set_reshard_after_forward(rung.parameters == Parameters.BLOCK, recurse=False)  # type: ignore[operator]
 
 
+def _reshard_after_backward(root: MiCSModule, reshard: bool) -> None:
+    if root.gathering:
+        root.set_reshard_after_backward(reshard)  # type: ignore[operator]
+
+
 def _gathering(root: MiCSModule) -> dict[str, Any]:
     """The sharded modules by name: the blocks, in order, and the root as ""."""
     return {block.name: block.module for block in root.blocks} | {"": root}
@@ -307,6 +330,7 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
     root.order = BlockOrder(root.blocks)
     gathering = _gathering(root)
     blocks = [(index, block.name) for index, block in enumerate(root.blocks)]
+    whole, alone = not root.gathering, root.groups.topology.world_size == 1
     buckets = [
         Bucket(name or OUTSIDE, _parameters_at(slots[name]), index, root.hops_1.get(gathering[name]))
         for index, name in [*reversed(blocks), (None, "")]
@@ -318,9 +342,11 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
         root.groups,
         root.wire.hop_2,
         root.order,
-        Usage({module: slots[name] for name, module in gathering.items()}),
-        on_rung=functools.partial(_reshard_blocks_after_forward, root.blocks),
-        reshard_after_backward=root.set_reshard_after_backward,  # type: ignore[arg-type]
+        # Alone, a rank knows by `.grad` itself what it used.
+        Usage({module: slots[name] for name, module in gathering.items()} if not (whole and alone) else {}),
+        kept_whole=whole,
+        on_rung=functools.partial(_reshard_blocks_after_forward, () if whole else root.blocks),
+        reshard_after_backward=functools.partial(_reshard_after_backward, root),
         sum_dtype=root.precision.sum_dtype(widest),
     )
 

@@ -74,7 +74,7 @@ class MiCSStrategyMixin(_Base):
         compile: True to compile each block's forward by `torch.compile`, or a mapping of its arguments
             (`{"mode": "max-autotune-no-cudagraphs"}`). Instead of a compiled LightningModule, which Lightning refuses.
         param_dtype: dtype in which parameters travel and compute. By default that of the Trainer's precision: 16 bits
-            under "16-mixed" and "bf16-mixed" (shards stay fp32), otherwise the parameters' own.
+            under "16-mixed" and "bf16-mixed" (shards stay fp32), otherwise the parameters' own, and for p = 1.
         reduce_dtype: dtype of hop 1 and of the window's sums. By default fp32, or wider where the parameters are.
         between_nodes: parameters and hop 2 cross between nodes in this dtype, as `torch.bfloat16`, where theirs is
             wider; inside a node they stay as they are. By default nothing is rounded.
@@ -259,8 +259,9 @@ class MiCSStrategyMixin(_Base):
         return sharded  # type: ignore[no-any-return]
 
     def _precision_for(self, plugin: Any) -> Precision:
-        param_dtype = self._precision.param_dtype or _MIXED.get(str(plugin.precision))
-        return replace(self._precision, param_dtype=param_dtype)
+        if self._precision.param_dtype is not None or self.topology.partition_size == 1:  # autocast does for whole ones
+            return self._precision
+        return replace(self._precision, param_dtype=_MIXED.get(str(plugin.precision)))
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

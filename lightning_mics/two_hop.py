@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mics._compat import allow_wide_gradients
 from lightning_mics.block_order import BlockOrder
@@ -37,7 +38,7 @@ class Bucket:
 
     Attributes:
         name: the block's, for people.
-        parameters: DTensors on the partition mesh, of one dtype.
+        parameters: DTensors on the partition mesh, or whole ones, of one dtype.
         block: index of the block in the order of execution, or None for what lies outside.
         hop_1: carries their gradients through the partition group; None where p is 1.
     """
@@ -66,6 +67,7 @@ class Window:
         hop_2: None where there is one replica, and no hop 2.
         order: tells how often a block was called, and hence when its gradient is complete.
         usage: tells which parameters got a gradient on this rank.
+        kept_whole: whether autograd itself accumulates into `.grad`, once a backward, and no engine does.
         on_rung: tells the engine when the rung changes.
         reshard_after_backward: tells the engine whether parameters are to be freed behind the coming backward.
         sum_dtype: the window's sums are kept in this dtype where the parameter's own is narrower.
@@ -79,6 +81,7 @@ class Window:
         order: BlockOrder,
         usage: Usage,
         *,
+        kept_whole: bool = False,
         on_rung: Callable[[Rung], None],
         reshard_after_backward: Callable[[bool], None],
         sum_dtype: torch.dtype = torch.float32,
@@ -96,6 +99,8 @@ class Window:
         self._hop_2 = hop_2
         self._order = order
         self._usage = usage
+        self._kept_whole = kept_whole
+        self._alone = kept_whole and groups.topology.world_size == 1
         self.rung = Rung()
         """What stays whole until the boundary."""
         self.climb: Climb | None = None
@@ -109,6 +114,7 @@ class Window:
         self._stale = False
         self._hop_1_only = False
         self._overlapping = False
+        self._sums = True
         self._arrived = [0] * len(self.buckets)
         self._unsynced: set[int] = set()
         self._complete = False
@@ -163,6 +169,7 @@ class Window:
         self._launched = 0
         self._arrived = [0] * len(self.buckets)
         self._overlapping = boundary and self.one_backward and self._hop_2 is not None
+        self._sums = not (self._alone and boundary and self.one_backward and self._micro_steps == 1)
         try:
             yield
         finally:
@@ -210,6 +217,8 @@ class Window:
     # -- hop 1 arrives -----------------------------------------------------------------------------------------------
 
     def _watch(self, param: nn.Parameter, index: int) -> None:
+        if self._alone and not self._is_narrow(param):
+            return  # nobody to tell
         trains = param.requires_grad
         param.requires_grad_(True)  # a frozen parameter may be unfrozen later, and takes no hook while it is frozen
         param.register_post_accumulate_grad_hook(partial(self._arrive, index))
@@ -219,7 +228,7 @@ class Window:
 
     def _arrive(self, index: int, param: Tensor) -> None:
         """The engine has added a micro-step's gradient to `param.grad`."""
-        if param.grad is not None and self._is_narrow(param) and param.grad.dtype != self._sum_dtype:
+        if self._sums and param.grad is not None and self._is_narrow(param) and param.grad.dtype != self._sum_dtype:
             param.grad = param.grad.to(self._sum_dtype)
         if (hop_1 := self.buckets[index].hop_1) is not None:
             hop_1.arrived(param)  # type: ignore[arg-type]
@@ -235,11 +244,16 @@ class Window:
                 hop_1.transfer.wait()
 
     def _is_whole(self, index: int) -> bool:
-        """Whether no more gradient will come for a block in this backward."""
+        """Whether no more gradient will come for a block in this backward.
+
+        Kept whole, a block with an unused parameter is never known to be; its hop 2 begins when backward is over.
+        """
         bucket = self.buckets[index]
         if bucket.block is None:
             return False
         calls = self._order.calls[bucket.block]
+        if self._kept_whole:
+            calls = min(calls, 1)
         return self._arrived[index] >= calls * len(bucket.trainable) > 0
 
     # -- hop 2 -------------------------------------------------------------------------------------------------------
@@ -256,7 +270,8 @@ class Window:
         for transfer in self._in_flight:
             transfer.wait()
         self._in_flight.clear()
-        self._clear_unused(used)
+        if not self._alone:  # otherwise nothing was made up
+            self._clear_unused(used)
         self._unsynced.clear()
         self._complete = True
 
@@ -297,7 +312,7 @@ class Window:
         """This rank's part of `param.grad`, made of zeros where there is none."""
         if param.grad is None:
             param.grad = torch.zeros_like(param, dtype=self._sum_dtype if self._is_narrow(param) else param.dtype)
-        return param.grad.to_local()  # type: ignore[attr-defined,no-any-return]
+        return param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
 
     # -- parameters without a gradient -------------------------------------------------------------------------------
 

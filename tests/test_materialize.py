@@ -29,6 +29,7 @@ from lightning_mics.groups import Groups
 from lightning_mics.materialize import broadcast_from_rank_zero, materialize
 from lightning_mics.sharding import shard
 from lightning_mics.topology import Topology
+from tests.distributed.toys import whole
 
 CPU = torch.device("cpu")
 _BERT = {
@@ -117,7 +118,7 @@ def test_values_are_those_of_a_model_built_in_memory(groups: Groups, make: Calla
     shard(module, groups)
     reference = dict(expected.named_parameters())
     for name, param in module.named_parameters():
-        assert_drawn_alike(name, param.full_tensor().detach(), reference[name].detach())
+        assert_drawn_alike(name, whole(param).detach(), reference[name].detach())
     for (name, buffer), (_, wanted) in zip(module.named_buffers(), expected.named_buffers(), strict=True):
         assert torch.equal(buffer, wanted), name
     assert module.state_dict().keys() == expected.state_dict().keys()
@@ -144,10 +145,10 @@ def test_blocks_draw_different_numbers_from_one_seed(groups: Groups) -> None:
     first, again = on_meta(gpt), on_meta(gpt)
     shard(first, groups)
     shard(again, groups)
-    weights = [block.attn.c_attn.weight.full_tensor() for block in first.transformer.h]
+    weights = [whole(block.attn.c_attn.weight) for block in first.transformer.h]
     assert not any(torch.equal(weights[0], other) for other in weights[1:])
     for one, other in zip(first.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one.full_tensor(), other.full_tensor())
+        assert torch.equal(whole(one), whole(other))
 
 
 def test_the_users_random_numbers_go_on_as_if_nothing_was_drawn(groups: Groups) -> None:
@@ -213,7 +214,7 @@ class Resets(nn.Module):
 def test_reset_parameters_sets_what_is_the_modules_own(groups: Groups) -> None:
     module = on_meta(Resets)
     shard(module, groups)
-    assert torch.equal(module.scale.full_tensor(), torch.full((4,), 2.5))
+    assert torch.equal(whole(module.scale), torch.full((4,), 2.5))
     assert all(torch.equal(b, torch.zeros_like(b)) for b in module.buffers())
     assert {b.dtype for b in module.buffers()} == {torch.bool, torch.uint8, torch.uint16, torch.float32}
     assert "passing" not in module.state_dict()
@@ -238,8 +239,8 @@ def test_a_root_has_the_last_word_on_what_lies_outside_blocks(groups: Groups) ->
     module = on_meta(Tower)
     shard(module, groups)
     outside = [module.token, *module.out.parameters()]
-    assert all(torch.equal(p.full_tensor(), torch.full_like(p.full_tensor(), 3.0)) for p in outside)
-    uniform = [p.full_tensor() for p in module.layers.parameters()]
+    assert all(torch.equal(whole(p), torch.full_like(whole(p), 3.0)) for p in outside)
+    uniform = [whole(p) for p in module.layers.parameters()]
     assert all(p.abs().max() <= 0.5 for p in uniform)  # 1/sqrt(fan_in)
     assert not torch.equal(uniform[0], uniform[2])
 
@@ -252,7 +253,7 @@ def test_a_parent_with_nothing_of_its_own_reaches_past_its_blocks(groups: Groups
 
     module = on_meta(Bare)
     shard(module, groups)
-    assert torch.equal(module.out.weight.full_tensor(), torch.full((4, 4), 3.0))
+    assert torch.equal(whole(module.out.weight), torch.full((4, 4), 3.0))
 
 
 class SetsItsChildren(nn.Module):
@@ -267,7 +268,7 @@ class SetsItsChildren(nn.Module):
 def test_a_parent_has_the_last_word_on_its_children(groups: Groups) -> None:
     module = on_meta(lambda: nn.ModuleList(SetsItsChildren() for _ in range(2)))
     shard(module, groups)
-    assert torch.equal(module[0].child.weight.full_tensor(), torch.eye(3))
+    assert torch.equal(whole(module[0].child.weight), torch.eye(3))
 
 
 def test_values_that_exist_are_kept(groups: Groups) -> None:
@@ -279,19 +280,19 @@ def test_values_that_exist_are_kept(groups: Groups) -> None:
     mlp.c_fc.bias = nn.Parameter(sevens[:, 0].clone())
     shard(module, groups)
     shard(pretrained, groups)
-    assert torch.equal(module[1].child.weight.full_tensor(), sevens[:3, :3])
-    assert torch.equal(module[0].child.weight.full_tensor(), torch.eye(3))
-    assert torch.equal(mlp.c_fc.bias.full_tensor(), sevens[:, 0])
-    assert mlp.c_proj.weight.full_tensor().std().item() == pytest.approx(0.02 / (2 * 8) ** 0.5, rel=0.1)
+    assert torch.equal(whole(module[1].child.weight), sevens[:3, :3])
+    assert torch.equal(whole(module[0].child.weight), torch.eye(3))
+    assert torch.equal(whole(mlp.c_fc.bias), sevens[:, 0])
+    assert whole(mlp.c_proj.weight).std().item() == pytest.approx(0.02 / (2 * 8) ** 0.5, rel=0.1)
 
 
 def test_a_model_inside_another_initialises_its_own(groups: Groups) -> None:
     """The closest Hugging Face model above decides; what lies outside resets itself."""
     module = nn.ModuleDict({"lm": on_meta(gpt), "head": nn.Linear(32, 32, device="meta")})
     shard(module, groups)
-    assert module["lm"].transformer.wte.weight.full_tensor().std().item() == pytest.approx(0.02, rel=0.1)
+    assert whole(module["lm"].transformer.wte.weight).std().item() == pytest.approx(0.02, rel=0.1)
     uniform = 1 / (3 * 32) ** 0.5  # torch's Linear: uniform in +-1/sqrt(fan_in)
-    assert module["head"].weight.full_tensor().std().item() == pytest.approx(uniform, rel=0.1)
+    assert whole(module["head"].weight).std().item() == pytest.approx(uniform, rel=0.1)
 
 
 def test_frozen_stays_frozen(groups: Groups) -> None:

@@ -16,6 +16,7 @@ from lightning_mics.topology import Topology
 from tests.distributed.counting import collectives
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_equality import STEPS, build, train
+from tests.distributed.toys import local
 
 NUMEL = 1000
 NETWORK = Network(Tier(0.0, 1e9), Tier(0.0, 1e8))
@@ -82,7 +83,7 @@ def trained(partition_size: int) -> tuple[list[float], list[float], float, int, 
             counted = sum(call.nbytes for call in crossing) / STEPS
             # Which parameters were used travels as well, once a window in each direction of an all-reduce.
             usage = 2 * 2 * (1 + len(list(root.parameters())))
-            equal = all(_same_on_replicas(p.to_local(), groups) for p in root.parameters())  # type: ignore[attr-defined]
+            equal = all(_same_on_replicas(local(p), groups) for p in root.parameters())
     return losses[0], losses[1], counted, inter_node[0], inter_node[1], usage, equal
 
 

@@ -26,6 +26,7 @@ from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 from tests.distributed.ranks import run_ranks
+from tests.distributed.toys import whole
 
 STEPS, LR, CLIP, VOCAB, SEQ = 10, 1e-3, 0.5, 61, 12
 
@@ -162,16 +163,16 @@ def compare(
     sharded.one_backward = True
     ours = list(train(sharded, name, window, dtype))
     theirs, their_parameters = train_ddp(name, window, dtype)
-    whole = [p.detach().full_tensor() for p in sharded.module.parameters()]  # type: ignore[attr-defined]
+    parameters = [whole(p) for p in sharded.module.parameters()]
     worst = {
         "loss": max(
             abs(a / b - 1) for (x, _), (y, _) in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)
         ),
         "norm": max(abs(a / b - 1) for (_, a), (_, b) in zip(ours, theirs, strict=True)),
-        "parameter": max(float((a - b).abs().max()) for a, b in zip(whole, their_parameters, strict=True)),
+        "parameter": max(float((a - b).abs().max()) for a, b in zip(parameters, their_parameters, strict=True)),
     }
     if dtype is None:
-        worst |= compare_alone(name, window, ours, whole)
+        worst |= compare_alone(name, window, ours, parameters)
     return worst
 
 

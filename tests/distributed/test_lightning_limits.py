@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.distributed.ranks import run_ranks
-from tests.distributed.toys import Batch, Batches, Toy, mics, seeded, trainer
+from tests.distributed.toys import Batch, Batches, Toy, local, mics, seeded, trainer
 
 
 class Scales(Toy):
@@ -64,7 +64,7 @@ class Watches(Toy):
 
     def on_after_backward(self) -> None:
         group = self.trainer.strategy.mics.groups.replication_group  # type: ignore[attr-defined]
-        mine = self.leave.bias.grad.to_local()  # type: ignore[union-attr]
+        mine = local(self.leave.bias.grad)
         all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(all_of_them, mine, group=group)
         self.same.append(all(torch.equal(other, mine) for other in all_of_them))

@@ -140,6 +140,11 @@ def whole(tensor: Tensor) -> Tensor:
     return full.detach().clone()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: all of it, if it is not sharded."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def parameters(module: nn.Module) -> dict[str, Tensor]:
     """Full copies of a module's parameters, by name."""
     return {name: whole(param) for name, param in module.named_parameters()}
