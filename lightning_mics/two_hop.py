@@ -108,6 +108,8 @@ class Window:
         self._on_rung = on_rung
         self._reshard_after_backward = reshard_after_backward
         self._sum_dtype = sum_dtype
+        self._parameters = tuple(param for bucket in self.buckets for param in bucket.parameters)
+        self._narrow = tuple(param for param in self._parameters if self._is_narrow(param))
         self._key: object = None
         self._micro_steps = 0
         self._near_budget: Tensor | float | None = None
@@ -115,6 +117,7 @@ class Window:
         self._hop_1_only = False
         self._overlapping = False
         self._sums = True
+        """Whether this window may have gradients to add up; a rank alone with one micro-step has none."""
         self._arrived = [0] * len(self.buckets)
         self._unsynced: set[int] = set()
         self._complete = False
@@ -177,6 +180,9 @@ class Window:
         if boundary:
             self._synchronize()
         self._finish_hop_1()
+        if self._alone and self._sums:
+            for param in self._narrow:
+                self._widen(param)
 
     def close(self) -> None:
         """Before the optimizer's step: hop 2 on all that lacks it, and gradients in their parameters' dtype.
@@ -190,13 +196,13 @@ class Window:
                 hop_1.flush()
             self._synchronize()
             self._finish_hop_1()
-        for param in self._parameters():
+        for param in self._narrow if self._sums else ():
             if param.grad is not None and param.grad.dtype != param.dtype:
                 param.grad = param.grad.to(param.dtype)
 
     def drop(self) -> None:
         """Forget the window: no gradient, nothing under way."""
-        for param in self._parameters():
+        for param in self._parameters:
             param.grad = None
         for transfer in self._in_flight:
             transfer.abandon()
@@ -211,25 +217,22 @@ class Window:
         if self._stale:
             self.drop()
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        return (param for bucket in self.buckets for param in bucket.parameters)
-
     # -- hop 1 arrives -----------------------------------------------------------------------------------------------
 
     def _watch(self, param: nn.Parameter, index: int) -> None:
-        if self._alone and not self._is_narrow(param):
+        if self._is_narrow(param):
+            allow_wide_gradients(param)
+        if self._alone:
             return  # nobody to tell
         trains = param.requires_grad
         param.requires_grad_(True)  # a frozen parameter may be unfrozen later, and takes no hook while it is frozen
         param.register_post_accumulate_grad_hook(partial(self._arrive, index))
         param.requires_grad_(trains)
-        if self._is_narrow(param):
-            allow_wide_gradients(param)
 
     def _arrive(self, index: int, param: Tensor) -> None:
         """The engine has added a micro-step's gradient to `param.grad`."""
-        if self._sums and param.grad is not None and self._is_narrow(param) and param.grad.dtype != self._sum_dtype:
-            param.grad = param.grad.to(self._sum_dtype)
+        if self._is_narrow(param):
+            self._widen(param)
         if (hop_1 := self.buckets[index].hop_1) is not None:
             hop_1.arrived(param)  # type: ignore[arg-type]
         self._unsynced.add(index)
@@ -237,6 +240,10 @@ class Window:
             self._arrived[index] += 1
             while self._is_whole(self._launched):
                 self._launch(self._launched)
+
+    def _widen(self, param: Tensor) -> None:
+        if param.grad is not None and param.grad.dtype != self._sum_dtype:
+            param.grad = param.grad.to(self._sum_dtype)
 
     def _finish_hop_1(self) -> None:
         for hop_1 in self._hops_1:
@@ -332,7 +339,7 @@ class Window:
         device = self._groups.device
         # From pinned memory, so that the host goes on; otherwise it would wait for the whole backward here.
         used = torch.tensor(
-            [*(float(self._usage.saw(p)) for p in self._parameters()), near_budget],
+            [*(float(self._usage.saw(p)) for p in self._parameters), near_budget],
             dtype=torch.float32,
             pin_memory=device.type != "cpu",
         ).to(device, non_blocking=True)
@@ -344,13 +351,12 @@ class Window:
         """A parameter without a gradient on any rank has none, rather than one of zeros: its optimizer skips it."""
         if used is not None:
             self._near_budget = used[-1]
-        params = list(self._parameters())
-        seen = [self._usage.saw(p) for p in params]
+        seen = [self._usage.saw(p) for p in self._parameters]
         if all(seen):
             return  # no need to wait for the device
         if used is not None:
             seen = [count > 0 for count in used[:-1].tolist()]
-        for param, was_seen in zip(params, seen, strict=True):
+        for param, was_seen in zip(self._parameters, seen, strict=True):
             if not was_seen:
                 param.grad = None
 
