@@ -111,6 +111,7 @@ def measure(
     parameters = sum(p.numel() for p in case.build(torch.device("meta")).parameters())
     alone = {name: _alone(make, case, device, batches) for name, make in ways.items()}
     _compare(case, {name: losses for name, (losses, _) in alone.items()})
+    _clean(device)
     with ExitStack() as stack:
         running = {name: _made(stack, make, case, device) for name, make in ways.items()}
         times = _take_turns(running, batches, device, plan)

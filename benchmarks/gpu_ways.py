@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import AdamW
 from typing_extensions import override
@@ -104,7 +103,7 @@ def _optimizer_of(model: nn.Module) -> AdamW:
 
 
 def _lightning(case: Case, device: torch.device) -> Way:
-    return Trained(SingleDeviceStrategy(device), case, device)
+    return Trained("auto", case, device)  # SingleDeviceStrategy, for one device
 
 
 def _mics(case: Case, device: torch.device) -> Way:

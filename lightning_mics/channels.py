@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 Task = Callable[[], None]
 
@@ -106,6 +107,7 @@ class Channel(ABC):
     def __init__(self) -> None:
         self.log: list[Transfer] | None = None
         self._last: Transfer | None = None
+        self._kept: Tensor | None = None
 
     def submit(self, task: Task, what: str) -> Transfer:
         """Hand over `task`. What it touches is not to be touched until the transfer has been waited for."""
@@ -116,10 +118,15 @@ class Channel(ABC):
         self._last = transfer
         return transfer
 
+    def keep(self, memory: Tensor) -> None:
+        """Hold on to what the last task works on until it is drained, on the stream whose memory it is."""
+        self._kept = memory
+
     def drain(self) -> None:
         """Wait for all that was handed over."""
         if self._last is not None:
             self._last.wait()
+        self._kept = None
 
     @abstractmethod
     def _carry(self, transfer: Transfer, task: Task) -> None: ...

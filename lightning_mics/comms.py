@@ -97,13 +97,16 @@ class HopOne:
     ) -> dist.Work | None:
         """Take a micro-step's gradients, laid out by the engine as one slot a rank. `arrived` tells whose they are."""
         output_tensor.zero_()
-        if input_tensor.device.type != "cpu":  # it was made on another stream, and is needed beyond this call
-            input_tensor.record_stream(torch.accelerator.current_stream(input_tensor.device))
         self._parameters, self._awaited = [], output_tensor.numel()
-        if self._held is not None:
-            input_tensor.add_(self._held)
-        self._buffer, self._held = input_tensor, None
+        self._buffer, self._held = self._with_held(input_tensor), None
         return None
+
+    def _with_held(self, gradients: Tensor) -> Tensor:
+        if self._held is None:
+            return gradients
+        if gradients.device.type == "cpu":  # the engine holds on to `gradients` for a while: the other memory is free
+            return gradients.add_(self._held)
+        return self._held.add_(gradients)  # of the two, the engine keeps only `gradients` until this stream is through
 
     def arrived(self, param: nn.Parameter) -> None:
         """The engine has added its zeros to `param.grad`; called for each parameter, in the order of the layout."""
@@ -124,6 +127,12 @@ class HopOne:
             self._buffer, self._held = self._held, None
             self._begin()
 
+    def finish(self) -> None:
+        """Wait for hop 1, if there was any."""
+        if self.transfer is not None:
+            self.transfer.wait()
+            self._channel.drain()
+
     def forget(self) -> None:
         """Drop what is held or under way."""
         self._held = self._buffer = None
@@ -135,9 +144,14 @@ class HopOne:
         assert self._buffer is not None
         targets = [param.grad.to_local() for param in self._parameters]  # type: ignore[union-attr,attr-defined]
         sizes = [padded_numel(param, self._partition_size) for param in self._parameters]
-        task = partial(self._reduce, self._buffer, targets, sizes)
-        self._buffer = None
+        buffer, self._buffer = self._buffer, None
+        task = partial(self._reduce, buffer, targets, sizes)
         self.transfer = self._channel.submit(task, f"reduce-scatter of {self._name}")
+        if buffer.device.type != "cpu":
+            # The block behind waits for it in `allocate`, on the stream whose memory it is. Left to the allocator
+            # (`record_stream`), memory would come back when the device is through, and the host is far ahead of that.
+            self.transfer.follows(torch.accelerator.current_stream(buffer.device).record_event())
+            self._channel.keep(buffer)
 
     def _reduce(self, buffer: Tensor, targets: list[Tensor], sizes: list[int]) -> None:
         small_range = buffer.dtype == torch.float16

@@ -247,8 +247,7 @@ class Window:
 
     def _finish_hop_1(self) -> None:
         for hop_1 in self._hops_1:
-            if hop_1.transfer is not None:
-                hop_1.transfer.wait()
+            hop_1.finish()
 
     def _is_whole(self, index: int) -> bool:
         """Whether no more gradient will come for a block in this backward.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.gpu_exercise import check_collectives, check_ladder
 from lightning_mics.channels import InlineChannel
 from lightning_mics.collectives import Exchange, Native, collectives_for
+from lightning_mics.comms import HopOne
 from lightning_mics.groups import Groups, backend_for
 from lightning_mics.network import Network
 from lightning_mics.topology import Topology
+from lightning_mics.wire import Traffic
 from tests.distributed.ranks import run_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -66,3 +72,73 @@ def differing_by_accelerators_forms() -> list[str]:
 @pytest.mark.slow
 def test_every_rung_trains_alike_with_what_an_accelerator_gets() -> None:
     assert run_ranks(4, differing_by_accelerators_forms) == [[]] * 4
+
+
+# -- memory on an accelerator ------------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """Stands for an accelerator's stream, and notes what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.log = log
+
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} records")
+        return f"what {self.name} had to do"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
+class _Elsewhere(Tensor):
+    """A tensor that says that it is on an accelerator."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CUDA
+
+
+class _Sum:
+    """Of one rank."""
+
+    def reduce_scatter(self, buffer: Tensor) -> Tensor:
+        return buffer.as_subclass(Tensor).clone()
+
+
+def buffers_under_way() -> tuple[list[str], list[bool]]:
+    """What streams are told, and whether a block's buffer is alive behind hop 1 and behind the next allocation."""
+    log: list[str] = []
+    streams = {name: _Stream(name, log) for name in ("computing", "reducing", "hop 2")}
+    tiers = Groups.create(Topology(1, 1, 1), "cpu").partition_group
+    traffic = Traffic(_Sum(), InlineChannel())  # type: ignore[arg-type]
+    hop_1 = HopOne("a block", traffic, 1)
+    shard = nn.Parameter(DTensor.from_local(torch.ones(4), DeviceMesh.from_group(tiers, "cpu"), [Shard(0)]))
+    shard.grad = torch.zeros_like(shard)
+    with patch("torch.accelerator.current_stream", lambda *_: streams[log_of[-1]]):
+        log_of = ["computing"]
+        buffer = hop_1.allocate((4,), dtype=torch.float32, device=CPU).as_subclass(_Elsewhere)
+        alive = weakref.ref(buffer)
+        log_of.append("reducing")
+        hop_1(torch.empty(4), buffer, tiers, None)
+        del buffer
+        hop_1.arrived(shard)
+        log_of.append("hop 2")
+        assert hop_1.transfer is not None
+        hop_1.transfer.wait()
+        kept = [alive() is not None]
+        log_of.append("computing")
+        hop_1.allocate((4,), dtype=torch.float32, device=CPU)
+    return log, [*kept, alive() is not None]
+
+
+def test_a_buffer_is_free_when_the_computing_stream_is_behind_its_hop_1() -> None:
+    """And not when hop 2, on another stream, has waited for it."""
+    [(log, alive)] = run_ranks(1, buffers_under_way)
+    assert log == [
+        "reducing records",
+        "hop 2 waits for what reducing had to do",
+        "computing waits for what reducing had to do",
+    ]
+    assert alive == [True, False]
