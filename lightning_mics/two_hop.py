@@ -26,7 +26,7 @@ from lightning_mics.channels import Transfer
 from lightning_mics.climb import Climb
 from lightning_mics.comms import HopOne, padded_numel
 from lightning_mics.groups import Groups
-from lightning_mics.ladder import Gradients, Parameters, Rung
+from lightning_mics.ladder import Gradients, Rung
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Traffic
 
@@ -67,7 +67,7 @@ class Window:
         order: tells how often a block was called, and hence when its gradient is complete.
         usage: tells which parameters got a gradient on this rank.
         on_rung: tells the engine when the rung changes.
-        reshard_after_backward: tells the engine whether parameters are to be freed behind the coming backward.
+        free_after_backward: tells the engine, before a backward, whether it is the window's last.
         sum_dtype: the window's sums are kept in this dtype where the parameter's own is narrower.
     """
 
@@ -80,7 +80,7 @@ class Window:
         usage: Usage,
         *,
         on_rung: Callable[[Rung], None],
-        reshard_after_backward: Callable[[bool], None],
+        free_after_backward: Callable[[bool], None],
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.buckets = tuple(buckets)
@@ -101,7 +101,7 @@ class Window:
         self.climb: Climb | None = None
         """Chooses another rung between windows, if anything does."""
         self._on_rung = on_rung
-        self._reshard_after_backward = reshard_after_backward
+        self._free_after_backward = free_after_backward
         self._sum_dtype = sum_dtype
         self._key: object = None
         self._micro_steps = 0
@@ -155,8 +155,7 @@ class Window:
         self._drop_stale()
         self._micro_steps += 1
         boundary = not self._hop_1_only
-        if self.rung.parameters == Parameters.WINDOW:
-            self._reshard_after_backward(boundary or not self.one_backward)
+        self._free_after_backward(boundary or not self.one_backward)
         for hop_1 in self._hops_1:
             hop_1.holds = self.rung.gradients == Gradients.WHOLE and not boundary and self.one_backward
         self._complete = False
