@@ -296,7 +296,7 @@ class _Reduction:
         own = self._slots[self._tiers.index]
         crossing: list[tuple[Tensor, list[_Message]]] = []
         incoming: list[_Message] = []
-        asked = self._asked
+        asked, self._asked = self._asked, []
         for (chunk, step), following in zip_longest(self._rounds, self._rounds[1:]):
             arriving, asked = asked, self._ask(self._later, *following) if following else []
             mine = self._here(step)[chunk]
@@ -375,7 +375,7 @@ class _Peers:
         self._narrow = narrow
         self._numbering = numbering
         self._lane = lane
-        self._under_way: list[_Message] = []
+        self._under_way: set[_Message] = set()
         self.steps = range(1, self._size)
 
     def send(self, tensor: Tensor, step: int) -> None:
@@ -407,6 +407,7 @@ class _Peers:
 
     def finish(self, message: _Message) -> None:
         """Wait for one message. gloo's cannot be waited for twice."""
+        self._under_way.discard(message)  # and with it the memory that it came in
         if message.work is None:
             return
         self._tried(message.work.wait)
@@ -417,13 +418,12 @@ class _Peers:
 
     def finish_all(self) -> None:
         """Wait for all of them."""
-        for message in self._under_way:
+        for message in [*self._under_way]:
             self.finish(message)
-        self._under_way.clear()
 
     def _begin(self, action: Callable[[], dist.Work | None], carried: Tensor, target: Tensor) -> _Message:
         message = _Message(self._tried(action) if carried.numel() else None, carried, target)
-        self._under_way.append(message)
+        self._under_way.add(message)
         return message
 
     def _tried(self, action: Callable[[], _Result]) -> _Result:

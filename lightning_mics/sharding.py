@@ -26,10 +26,11 @@ from lightning_mics.blocks import Block, BlockChoice, class_of, find_blocks, has
 from lightning_mics.climb import Budget, Climb
 from lightning_mics.comms import BlockGather, HopOne, blocks_whole
 from lightning_mics.groups import Groups
-from lightning_mics.ladder import AUTO, ModelBytes, Parameters, Rung
+from lightning_mics.ladder import AUTO, ModelBytes, Rung
 from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
 from lightning_mics.network import Network
 from lightning_mics.precision import Precision
+from lightning_mics.residency import Residency
 from lightning_mics.two_hop import Bucket, Window
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Wire
@@ -55,6 +56,7 @@ class MiCSModule(nn.Module):
         self.hops_1: dict[nn.Module, HopOne] = {}
         self.wire: Wire
         self.blocks: tuple[Block, ...] = ()
+        self.residency: Residency
         self.window: Window
         self.order: BlockOrder
         self._has_run = False
@@ -64,10 +66,13 @@ class MiCSModule(nn.Module):
 
         What is gathered in inference mode could not be trained on afterwards, and the engine keeps the memory for it.
         """
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(mode=False), torch.no_grad():
-                return super().__call__(*args, **kwargs)
-        return super().__call__(*args, **kwargs)
+        try:
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.residency.show_shards()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -102,7 +107,7 @@ class MiCSModule(nn.Module):
 
     @one_backward.setter
     def one_backward(self, value: bool) -> None:
-        self.window.one_backward = value
+        self.window.one_backward = self.residency.one_backward = value
         self.order.pass_skipped = value and self.groups.topology.partition_size > 1
         reduce_unused_params(self, value)  # type: ignore[arg-type]
         self._prefetch(value)
@@ -297,23 +302,6 @@ def _install_comms(root: MiCSModule) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def _free_after_forward(root: MiCSModule, rung: Rung) -> None:
-    """Which blocks the engine frees behind a forward: not those with which backward begins."""
-    last = len(root.blocks) - blocks_whole(root.groups)
-    for index, block in enumerate(root.blocks):
-        frees = rung.parameters == Parameters.BLOCK and index < last
-        block.module.set_reshard_after_forward(frees, recurse=False)  # type: ignore[operator]
-
-
-def _free_after_backward(root: MiCSModule, boundary: bool) -> None:
-    """Which parameters it frees behind the coming backward: inside a window, not those with which forward begins."""
-    if root.rung.parameters == Parameters.WINDOW:
-        root.set_reshard_after_backward(boundary)  # type: ignore[operator]
-        return
-    for block in root.blocks[: blocks_whole(root.groups)]:
-        block.module.set_reshard_after_backward(boundary, recurse=False)  # type: ignore[operator]
-
-
 def _gathering(root: MiCSModule) -> dict[str, Any]:
     """The sharded modules by name: the blocks, in order, and the root as ""."""
     return {block.name: block.module for block in root.blocks} | {"": root}
@@ -327,6 +315,12 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
         Bucket(name or OUTSIDE, _parameters_at(slots[name]), index, root.hops_1.get(gathering[name]))
         for index, name in [*reversed(blocks), (None, "")]
     ]
+    root.residency = Residency(
+        [block.module for block in root.blocks],
+        root,
+        {module: _parameters_at(slots[name]) for name, module in gathering.items()},
+        stay=blocks_whole(root.groups) if root.groups.gather is not None else 0,
+    )
     dtypes = {p.dtype for bucket in buckets for p in bucket.parameters if p.requires_grad} or {torch.float32}
     widest = functools.reduce(torch.promote_types, dtypes)
     root.window = Window(
@@ -335,11 +329,9 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
         root.wire.hop_2,
         root.order,
         Usage({module: slots[name] for name, module in gathering.items()}),
-        on_rung=functools.partial(_free_after_forward, root),
-        free_after_backward=functools.partial(_free_after_backward, root),
+        root.residency,
         sum_dtype=root.precision.sum_dtype(widest),
     )
-    _free_after_forward(root, root.rung)
 
 
 # -- who owns which parameter ------------------------------------------------------------------------------------------
