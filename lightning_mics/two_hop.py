@@ -27,7 +27,8 @@ from lightning_mics.channels import Transfer
 from lightning_mics.climb import Climb
 from lightning_mics.comms import HopOne, padded_numel
 from lightning_mics.groups import Groups
-from lightning_mics.ladder import Gradients, Parameters, Rung
+from lightning_mics.ladder import Gradients, Rung
+from lightning_mics.residency import Residency
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Traffic
 
@@ -67,9 +68,8 @@ class Window:
         hop_2: None where there is one replica, and no hop 2.
         order: tells how often a block was called, and hence when its gradient is complete.
         usage: tells which parameters got a gradient on this rank.
+        residency: tells the engine what to free behind each forward and backward.
         kept_whole: whether autograd itself accumulates into `.grad`, once a backward, and no engine does.
-        on_rung: tells the engine when the rung changes.
-        reshard_after_backward: tells the engine whether parameters are to be freed behind the coming backward.
         sum_dtype: the window's sums are kept in this dtype where the parameter's own is narrower.
     """
 
@@ -80,10 +80,8 @@ class Window:
         hop_2: Traffic | None,
         order: BlockOrder,
         usage: Usage,
-        *,
+        residency: Residency,
         kept_whole: bool = False,
-        on_rung: Callable[[Rung], None],
-        reshard_after_backward: Callable[[bool], None],
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.buckets = tuple(buckets)
@@ -105,8 +103,7 @@ class Window:
         """What stays whole until the boundary."""
         self.climb: Climb | None = None
         """Chooses another rung between windows, if anything does."""
-        self._on_rung = on_rung
-        self._reshard_after_backward = reshard_after_backward
+        self._residency = residency
         self._sum_dtype = sum_dtype
         self._parameters = tuple(param for bucket in self.buckets for param in bucket.parameters)
         self._narrow = tuple(param for param in self._parameters if self._is_narrow(param))
@@ -147,7 +144,7 @@ class Window:
         """Go on from another rung. Between windows only."""
         if rung != self.rung:
             self.rung = rung
-            self._on_rung(rung)
+            self._residency.take(rung)
 
     @contextmanager
     def hop_1_only(self) -> Iterator[None]:
@@ -164,8 +161,7 @@ class Window:
         self._drop_stale()
         self._micro_steps += 1
         boundary = not self._hop_1_only
-        if self.rung.parameters == Parameters.WINDOW:
-            self._reshard_after_backward(boundary or not self.one_backward)
+        self._residency.backward_begins(boundary)
         for hop_1 in self._hops_1:
             hop_1.holds = self.rung.gradients == Gradients.WHOLE and not boundary and self.one_backward
         self._complete = False
@@ -183,6 +179,8 @@ class Window:
         if self._alone and self._sums:
             for param in self._narrow:
                 self._widen(param)
+        if self.one_backward:
+            self._residency.show_shards()
 
     def close(self) -> None:
         """Before the optimizer's step: hop 2 on all that lacks it, and gradients in their parameters' dtype.
