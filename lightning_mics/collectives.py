@@ -69,6 +69,10 @@ class Collectives(ABC):
         self._network = network
         self._between_nodes = between_nodes
 
+    def exact(self) -> Collectives:
+        """The same, with nothing rounded between nodes."""
+        return type(self)(self._hierarchical, self._network)
+
     def tiers_for(self, slot_bytes: int) -> Tiers:
         """Both tiers, or all ranks as one where that takes less time for slots of `slot_bytes` bytes."""
         tiers = self._hierarchical

@@ -7,11 +7,14 @@ block by block, behind the rest of the boundary's backward (MiCS, arXiv 2205.001
     g = 1/r * sum over replicas ( sum over micro-steps ( 1/p * sum over the partition group ( g_local ) ) )
 
 The window's sums are nowhere but in `.grad`. What clears gradients clears them, and nothing else is left to leak.
+
+Where an optimizer's state is sharded over all ranks, hop 2 takes the sums from `.grad` and leaves each replica the mean
+of its own piece, with the optimizer; see `optimizer_shards`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +30,7 @@ from lightning_mics.climb import Climb
 from lightning_mics.comms import HopOne, padded_numel
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import Gradients, Parameters, Rung
+from lightning_mics.optimizer_shards import Mean, OptimizerShards
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Traffic
 
@@ -100,6 +104,8 @@ class Window:
         """What stays whole until the boundary."""
         self.climb: Climb | None = None
         """Chooses another rung between windows, if anything does."""
+        self.optimizer_shards: OptimizerShards | None = None
+        """The pieces that the optimizer steps, where these are less than the shards."""
         self._on_rung = on_rung
         self._reshard_after_backward = reshard_after_backward
         self._sum_dtype = sum_dtype
@@ -114,6 +120,7 @@ class Window:
         self._complete = False
         self._launched = 0
         self._in_flight: list[Transfer] = []
+        self._means: list[Mean] = []
         for index, bucket in enumerate(self.buckets):
             for param in bucket.parameters:
                 self._watch(param, index)
@@ -186,16 +193,18 @@ class Window:
         for param in self._parameters():
             if param.grad is not None and param.grad.dtype != param.dtype:
                 param.grad = param.grad.to(param.dtype)
+        if self.optimizer_shards is not None:
+            self.optimizer_shards.close()
 
     def drop(self) -> None:
-        """Forget the window: no gradient, nothing under way."""
-        for param in self._parameters():
-            param.grad = None
+        """Forget the window: no gradient, nothing under way. Updates of the last step are none of it."""
+        self._forget_gradients(self._parameters())
         for transfer in self._in_flight:
             transfer.abandon()
         for hop_1 in self._hops_1:
             hop_1.forget()
         self._in_flight.clear()
+        self._means.clear()
         self._unsynced.clear()
         self._usage.forget()
         self._stale = self._complete = False
@@ -206,6 +215,12 @@ class Window:
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (param for bucket in self.buckets for param in bucket.parameters)
+
+    def _forget_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        for param in params:
+            param.grad = None
+            if self.optimizer_shards is not None:
+                self.optimizer_shards.forget(param)
 
     # -- hop 1 arrives -----------------------------------------------------------------------------------------------
 
@@ -255,7 +270,10 @@ class Window:
         self._launch(self._launched)
         for transfer in self._in_flight:
             transfer.wait()
+        for mean in self._means:
+            self.optimizer_shards.take_over(mean)  # type: ignore[union-attr]
         self._in_flight.clear()
+        self._means.clear()
         self._clear_unused(used)
         self._unsynced.clear()
         self._complete = True
@@ -270,12 +288,30 @@ class Window:
         params = bucket.trainable
         if not self.one_backward:
             params = [p for p in params if p.grad is not None and index in self._unsynced]
+        hop_1 = bucket.hop_1.transfer if bucket.hop_1 is not None else None
+        in_pieces = self._in_pieces(params)
+        if in_pieces and self.optimizer_shards is not None:
+            gradients = [self._local_gradient(p) for p in in_pieces]
+            mean = self.optimizer_shards.begin_reduce(bucket.name, in_pieces, gradients, hop_1)
+            self._means.append(mean)
+            self._in_flight.append(mean.transfer)
+            params = [p for p in params if not self.optimizer_shards.holds(p)]
         if params:
             shards = [
                 _Shard(self._local_gradient(p), padded_numel(p, self._groups.topology.partition_size)) for p in params
             ]
-            hop_1 = bucket.hop_1.transfer if bucket.hop_1 is not None else None
             self._carry(partial(self._average, shards, hop_1), f"hop 2 of {bucket.name}")
+
+    def _in_pieces(self, params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        shards = self.optimizer_shards
+        return [p for p in params if shards is not None and shards.holds(p)]
+
+    def begin_updates(self) -> None:
+        """After the optimizer's step: begin to gather what the replicas have updated, in the order of a forward."""
+        assert self.optimizer_shards is not None
+        for bucket in reversed(self.buckets):
+            if params := self._in_pieces(bucket.trainable):
+                self.optimizer_shards.begin_gather(bucket.block, bucket.name, params)
 
     def _carry(self, task: Callable[[], None], what: str) -> None:
         assert self._hop_2 is not None
@@ -328,9 +364,7 @@ class Window:
             return  # no need to wait for the device
         if used is not None:
             seen = [count > 0 for count in used[:-1].tolist()]
-        for param, was_seen in zip(params, seen, strict=True):
-            if not was_seen:
-                param.grad = None
+        self._forget_gradients(param for param, was_seen in zip(params, seen, strict=True) if not was_seen)
 
     # -- dtypes ------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ ROWS = (
     {"collectives", "climb"},
     {"wire", "blocks", "materialize", "usage"},
     {"comms", "block_order"},
+    {"optimizer_shards"},
     {"two_hop"},
     {"accounting"},
     {"sharding"},
