@@ -149,8 +149,8 @@ class MiCSModule(nn.Module):
         check_optimizer(optimizer)
         if not self.one_backward:
             raise ValueError(
-                "an optimizer whose state is sharded over all ranks cannot clear gradients in the midst of a window, as "
-                "manual optimization may ask of it; set one_backward where each micro-step is one forward and one "
+                "an optimizer that is sharded over all ranks cannot clear gradients in the midst of a window, which "
+                "manual optimization may ask of it; set one_backward=True where each micro-step is one forward and one "
                 "backward, or leave the optimizer as it is"
             )
         self.finish_updates()
