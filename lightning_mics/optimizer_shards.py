@@ -47,7 +47,7 @@ class OptimizerState(StrEnum):
             ValueError: if there is none of that name.
         """
         if name not in list(cls):
-            raise ValueError(f"optimizer_state={name!r} is not understood; choose one of {', '.join(map(repr, cls))}")
+            raise ValueError(f"optimizer_state={name!r} is not understood; choose one of {', '.join(cls)}")
         return cls(name)
 
 
@@ -77,6 +77,7 @@ class OptimizerShards:
         self._replica = groups.world_mesh.get_local_rank("replica")
         self._pieces: dict[int, nn.Parameter] = {}
         self._under_way: dict[int | None, Transfer] = {}
+        self._name = type(optimizer).__name__
         self._on_step = on_step
         self._stepping = self._closed = False
         self._replace(optimizer, {id(param) for param in parameters})
@@ -220,7 +221,7 @@ class OptimizerShards:
                 its own, and the other replicas' are not.
         """
         if self._stepping and self._closed:
-            raise RuntimeError(_SEVERAL_FORWARDS.format("this optimizer"))
+            raise RuntimeError(_SEVERAL_FORWARDS.format(self._name))
 
     def abort(self) -> None:
         """A step that was begun may not have ended, and will not."""

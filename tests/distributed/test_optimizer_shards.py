@@ -8,21 +8,43 @@ terms' sizes.
 
 from __future__ import annotations
 
+import math
+import re
+import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_mics import consolidate
+from lightning_mics.channels import Channel, Transfer
 from lightning_mics.groups import Groups
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
+from tests.distributed.counting import Call, collectives
 from tests.distributed.ranks import run_ranks
-from tests.distributed.toys import assert_close, optimizer_state, parameters
+from tests.distributed.test_wire import traffic
+from tests.distributed.toys import (
+    Batch,
+    Batches,
+    Toy,
+    assert_close,
+    assert_same_losses,
+    assert_same_training,
+    ddp,
+    mics,
+    optimizer_state,
+    parameters,
+    seeded,
+    trainer,
+)
 
 WIDTH, STEPS = 10, 4
 FORMS = ("partition", "world")
@@ -74,11 +96,15 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
 
 
 def build(
-    partition_size: int, dtype: torch.dtype = torch.float32, precision: Precision | None = None, **options: Any
+    partition_size: int,
+    dtype: torch.dtype = torch.float32,
+    precision: Precision | None = None,
+    ranks_per_node: int | None = None,
+    **options: Any,
 ) -> MiCSModule:
     torch.manual_seed(0)
     n = dist.get_world_size()
-    groups = Groups.create(Topology(n, n, partition_size), "cpu")
+    groups = Groups.create(Topology(n, ranks_per_node or n, partition_size), "cpu")
     root = shard(Net().to(dtype), groups, precision=precision or Precision(), **options)
     root.one_backward = True
     return root
@@ -219,3 +245,492 @@ def test_each_replica_keeps_its_part_of_the_state(p: int) -> None:
     assert sum(plain for plain, _, _ in found) == 2 * trained * (4 // p)
     assert sum(world for _, world, _ in found) == 2 * trained
     assert all(shared for _, _, shared in found)
+
+
+# -- on the wire -------------------------------------------------------------------------------------------------------
+
+
+def _hop_2_bytes(calls: list[Call], groups: Groups) -> int:
+    kinds = traffic(groups)
+    assert {call.kind for call in calls} <= {"send", "all_reduce"}  # the latter tells who used what, in its own group
+    return sum(call.nbytes for call in calls if call.kind == "send" and kinds[call.group] == "hop 2")
+
+
+def _bytes_of_each_half(partition_size: int) -> list[tuple[int, int, int]]:
+    """For each form, bytes of hop 2 before the step, after it, and by formula."""
+    found = []
+    for form in FORMS:
+        root = build(partition_size)
+        optimizer = adamw(root)
+        if form == "world":
+            root.shard_optimizer(optimizer)
+        with collectives() as before:
+            backward(root, 0, 1)
+        with collectives() as after:
+            optimizer.step()
+            root.finish_updates()
+        halves = [_hop_2_bytes(calls, root.groups) for calls in (before, after)]
+        found.append((*halves, root.wire_bytes(1).hop_2))
+    return found
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_half_of_the_bytes_go_before_the_step_and_half_after_it(p: int) -> None:
+    """Every shard is padded to rows for each of the p ranks, and each of those to rows for each of the r replicas."""
+    r = 4 // p
+    trained = [param for name, param in Net().named_parameters() if name != "enter.bias"]  # the unused goes as zeros
+    elements = sum(math.ceil(math.ceil(len(param) / p) / r) * (param.numel() // len(param)) for param in trained)
+    usage = 2 * (1 + len([*Net().parameters()])) * (r - 1) / r * 4
+    for plain, world in run_ranks(4, _bytes_of_each_half, p):
+        half = 4 * (r - 1) * elements
+        assert world[2] == 2 * half
+        assert world[1] == half
+        assert world[0] == pytest.approx(half + usage, abs=8 * r)
+        assert plain[1] == 0
+        assert world[0] + world[1] < 1.5 * plain[0]  # that much is padding, of rows as few as these
+
+
+def _between_nodes() -> None:
+    """With p = 1 there is nothing else that 16 bits could round."""
+    exact = build(1, ranks_per_node=1)
+    narrow = [build(1, ranks_per_node=1, precision=Precision(between_nodes=torch.bfloat16)) for _ in FORMS]
+    for root, form in zip((exact, *narrow), ("partition", *FORMS), strict=True):
+        train(root, form, 1)
+    assert_close(parameters(narrow[1].module), parameters(exact.module), "in pieces")
+    with pytest.raises(AssertionError, match=r"whole: .* differs"):
+        assert_close(parameters(narrow[0].module), parameters(exact.module), "whole")
+
+
+def test_pieces_cross_between_nodes_as_they_are() -> None:
+    run_ranks(2, _between_nodes)
+
+
+# -- behind the next forward -------------------------------------------------------------------------------------------
+
+
+class OnRequest:
+    """Makes a channel carry a task only once somebody waits for it, and notes when that happens."""
+
+    def __init__(self, channel: Channel, events: list[str]) -> None:
+        self._channel, self._events, self._submit = channel, events, channel.submit
+
+    def __enter__(self) -> None:
+        self._channel.submit = self._held_back  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.submit = self._submit  # type: ignore[method-assign]
+
+    def _held_back(self, task: Callable[[], None], what: str) -> Transfer:
+        asked = threading.Event()
+
+        def carry() -> None:
+            if not asked.wait(30):
+                raise AssertionError(f"nobody waited for {what}")
+            task()
+
+        transfer = self._submit(carry, what)
+        wait = transfer.wait
+
+        def noted(timeout: Any = None) -> bool:
+            self._events.append(what)
+            asked.set()
+            return wait(timeout)
+
+        transfer.wait = noted  # type: ignore[method-assign]
+        return transfer
+
+
+def _awaited(partition_size: int, dtype: torch.dtype | None) -> list[str]:
+    """What is waited for, and the forwards of blocks, in a step's and the next forward's time."""
+    precision = Precision(param_dtype=dtype)
+    plain, world = build(partition_size, precision=precision), build(partition_size, precision=precision)
+    events: list[str] = []
+    for block in world.blocks:
+        block.module.register_forward_pre_hook(lambda *_, name=block.name: events.append(f"forward of {name}"))
+    optimizers = adamw(plain), adamw(world)
+    world.shard_optimizer(optimizers[1])
+    for root, optimizer in zip((plain, world), optimizers, strict=True):
+        backward(root, 0, 1)
+        events.clear()
+        assert root.wire.hop_2 is not None
+        with OnRequest(root.wire.hop_2.channel, events):
+            optimizer.step()
+        assert events == []
+        optimizer.zero_grad()
+        root.release()
+    losses = []
+    for root in (plain, world):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            losses.append(root(batch_of(1, 0)).square().mean().item())
+    assert losses[1] == losses[0]
+    return events
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(("n", "p"), [(2, 1), (4, 2)])
+def test_a_forward_awaits_each_update_before_it_reads_it(n: int, p: int, dtype: torch.dtype | None) -> None:
+    """Nothing comes unless it is awaited, so that what is not would be read as it was before the step."""
+    blocks = [f"layers.{i}" for i in range(3)]
+    for events in run_ranks(n, _awaited, p, dtype):
+        assert events[0] == "updates of what lies outside the blocks"
+        for name in blocks:
+            assert events.index(f"updates of {name}") < events.index(f"forward of {name}")
+        if p == 1:  # nothing is gathered ahead, so that each block waits for its own alone
+            assert events[1:] == [what for name in blocks for what in (f"updates of {name}", f"forward of {name}")]
+
+
+def _read_between(how: str) -> None:
+    plain, world = build(1), build(1)
+    optimizers = adamw(plain), adamw(world)
+    world.shard_optimizer(optimizers[1])
+    states = []
+    for root, optimizer in zip((plain, world), optimizers, strict=True):
+        backward(root, 0, 1)
+        with OnRequest(root.wire.hop_2.channel, []):  # type: ignore[union-attr]
+            optimizer.step()
+        if how == "state_dict":
+            states.append(root.module.state_dict())
+        elif how == "of a part":
+            states.append(root.module.layers[1].state_dict())
+        elif how == "load_state_dict":  # an update that came afterwards would undo it
+            root.module.load_state_dict({name: torch.zeros_like(p) for name, p in root.module.named_parameters()})
+            root.finish_updates()
+            states.append(dict(root.module.named_parameters()))
+        else:
+            root.finish_updates()
+            states.append(dict(root.module.named_parameters()))
+    full = [{name: value.full_tensor() for name, value in state.items()} for state in states]
+    assert_close(full[1], full[0], how)
+
+
+def test_who_reads_or_writes_parameters_otherwise_finds_them_complete() -> None:
+    for how in ("state_dict", "of a part", "load_state_dict", "finish_updates"):
+        run_ranks(2, _read_between, how)
+
+
+# -- steps that are skipped --------------------------------------------------------------------------------------------
+
+
+def _scaled(partition_size: int) -> None:
+    """A gradient scaler finds an infinity on one rank alone, and all ranks skip the step."""
+    found = []
+    for form in FORMS:
+        root = build(partition_size)
+        optimizer = torch.optim.SGD(root.parameters(), lr=0.1, momentum=0.9)
+        if form == "world":
+            root.shard_optimizer(optimizer)
+        scaler, scales = torch.amp.GradScaler("cpu", init_scale=2.0**10), []
+        for step in range(STEPS):
+            root.window.begin(step)
+            loss = root(batch_of(step, 0)).square().mean()
+            if step == 1 and dist.get_rank() == 1:
+                loss = loss * torch.inf
+            with root.window.backward():
+                scaler.scale(loss).backward()
+            root.window.close()
+            scaler.unscale_(optimizer)
+            before = parameters(root.module)
+            scaler.step(optimizer)
+            scaler.update()
+            root.finish_updates()
+            assert (step == 1) == all(torch.equal(v, before[k]) for k, v in parameters(root.module).items())
+            scales.append(scaler.get_scale())
+            optimizer.zero_grad()
+            root.release()
+        found.append((parameters(root.module), scales))
+    assert found[1][1] == found[0][1] == [2.0**10, 2.0**9, 2.0**9, 2.0**9]
+    assert_close(found[1][0], found[0][0], "with a gradient scaler")
+
+
+def test_an_infinity_on_one_rank_skips_the_step_on_all() -> None:
+    run_ranks(4, _scaled, 2)
+    run_ranks(2, _scaled, 1)
+
+
+class SkipsStep(Toy):
+    """Runs the closure of one boundary, and leaves the step out."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx == 7:
+            optimizer_closure()
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+class SkipsBackward(Toy):
+    """Runs a forward, and no backward, inside a window and at a boundary."""
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.trainer.fit_loop._skip_backward = batch_idx in (9, 15)
+
+
+class Seldom(Toy):
+    """One module is used by a single rank in a single micro-step of each window, one by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never, self.seldom = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        uses = dist.get_rank() == 1 and batch_idx % 4 == 2
+        return loss + self.seldom(batch[0]).square().mean() if uses else loss
+
+
+class Thaws(Toy):
+    """A layer is frozen until the third window, another from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 8:
+            self.requires_grad_(True)
+            self.layers[2].requires_grad_(False)
+
+
+class FailsOnce(Toy):
+    """Raises in the seventh training step, inside a window."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if len(self.losses) == 7:
+            raise ValueError("as meant")
+        return loss
+
+
+def _fit(module: Toy, data: Batches, partition_size: int, form: str, **options: Any) -> Any:
+    run = trainer(mics(partition_size, optimizer_state=form), **({"accumulate_grad_batches": 4} | options))
+    val = Batches(2, first=900) if "val_check_interval" in options else None
+    with suppress(ValueError) if isinstance(module, FailsOnce) else nullcontext():
+        run.fit(module, data, val)
+    return run
+
+
+def _trained_alike(partition_size: int, makes: list[type[Toy]]) -> None:
+    for make in makes:
+        schedules = [{}, {"accumulate_grad_batches": 1}, {"val_check_interval": 3}]  # windows of four, and of one
+        for options in schedules if make is Toy else schedules[:1]:
+            modules = []
+            for form in FORMS:
+                module = seeded(make)
+                run = _fit(module, Batches(22, skip={4}), partition_size, form, **options)
+                if make is FailsOnce:
+                    run = _fit(module, Batches(8, first=100), partition_size, form, **options)
+                modules.append((module, optimizer_state(run.optimizers[0])))
+            what = f"{make.__name__}, {options}"
+            assert_same_training(modules[1][0], modules[0][0], what, rtol=0.0, atol=0.0)
+            assert_close(modules[1][1], modules[0][1], what)
+
+
+@pytest.mark.parametrize(
+    "makes", [[Toy], [SkipsStep, SkipsBackward, Seldom, Thaws, FailsOnce]], ids=["schedules", "irregular"]
+)
+@pytest.mark.parametrize(("n", "p"), [(4, 2), (2, 1)])
+def test_a_trainer_trains_alike_bit_for_bit(n: int, p: int, makes: list[type[Toy]]) -> None:
+    run_ranks(n, _trained_alike, p, makes)
+
+
+def _clipped() -> None:
+    for clip in ({"norm": 0.05}, {"value": 0.01}):
+        ((algorithm, value),) = clip.items()
+        options = {"gradient_clip_val": value, "gradient_clip_algorithm": algorithm, "accumulate_grad_batches": 2}
+        ours, theirs, free = seeded(Toy), seeded(Toy), seeded(Toy)
+        trainer(mics(2, optimizer_state="world"), **options).fit(ours, Batches(12))
+        trainer(ddp(), **options).fit(theirs, Batches(12))
+        assert_same_training(ours, theirs, f"clipped by {algorithm}")
+        trainer(mics(2, optimizer_state="world"), accumulate_grad_batches=2).fit(free, Batches(12))
+        with pytest.raises(AssertionError):
+            assert_same_training(ours, free, "not clipped")
+
+
+def test_clipping_by_norm_and_by_value_is_ddps() -> None:
+    run_ranks(4, _clipped)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+class Saves(pl.Callback):
+    """Saves after the third step, and keeps the parameters of that moment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 5:
+            trainer.save_checkpoint(self.path)
+
+
+class Looks(pl.Callback):
+    """Keeps the optimizer's state as it was loaded."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.state = optimizer_state(trainer.optimizers[0])
+
+
+def _run(module: Toy, p: int, form: str, ckpt_path: Path | None = None, callbacks: Any = ()) -> Any:
+    run = trainer(mics(p, optimizer_state=form), accumulate_grad_batches=2, callbacks=[*callbacks])
+    run.fit(module, Batches(12), ckpt_path=ckpt_path)
+    return run
+
+
+def _checkpoints(path: Path) -> None:
+    whole = seeded(Toy, dropout=0.3)
+    torch.manual_seed(dist.get_rank())
+    _run(whole, 2, "partition")
+    for saved in FORMS:
+        at, file, module = path / f"{saved}.ckpt", path / f"{saved}.file", seeded(Toy, dropout=0.3)
+        torch.manual_seed(dist.get_rank())
+        _run(module, 2, saved, callbacks=[Saves(at)])
+        if dist.get_rank() == 0:
+            consolidate(at, file)
+        dist.barrier()
+        states = {}
+        for loaded in FORMS:
+            for p, source in ((2, at), (1, at), (2, file)):
+                resumed, looks = seeded(Toy, 99, dropout=0.3), Looks()
+                _run(resumed, p, loaded, source, [looks])
+                what = f"saved in the form {saved}, resumed in the form {loaded} at p={p} from {source.name}"
+                states[what] = looks.state
+                assert_close(looks.state, next(iter(states.values())), what)
+                if (p, source) == (2, at):
+                    assert_same_losses(resumed.losses, whole.losses[-len(resumed.losses) :], what)
+                    assert_close(parameters(resumed), parameters(whole), what)
+        if dist.get_rank() == 0:
+            torch.save(torch.load(file, weights_only=True)["optimizer_states"], path / f"{saved}.state")
+    dist.barrier()
+    files = [torch.load(path / f"{form}.state", weights_only=True) for form in FORMS]
+    for plain, world in zip(files[0][0]["state"].values(), files[1][0]["state"].values(), strict=True):
+        assert_close(world, plain, "in a single file")
+
+
+def test_checkpoints_are_the_same_in_both_forms_and_each_resumes_in_the_other(tmp_path: Path) -> None:
+    run_ranks(4, _checkpoints, tmp_path, timeout=240)
+
+
+# -- hooks that read parameters ----------------------------------------------------------------------------------------
+
+
+class Reads(Toy):
+    """Keeps the shards as they are when a batch ends."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.seen = {name: param.to_local().detach().clone() for name, param in self.named_parameters()}
+
+
+def _hooks() -> None:
+    found = []
+    for form in FORMS:
+        module = seeded(Reads)
+        _fit(module, Batches(1), 1, form, accumulate_grad_batches=1)
+        found.append(module.seen)
+    assert_close(found[1], found[0], "in on_train_batch_end")
+
+
+def test_a_hook_that_runs_after_the_step_reads_complete_parameters() -> None:
+    run_ranks(2, _hooks)
+
+
+def _forms_in_turn() -> None:
+    """A Trainer takes over a module that another sharded in the other form."""
+    modules = seeded(Toy), seeded(Toy)
+    for first, second in ((FORMS[0], FORMS[0]), FORMS, FORMS[::-1]):
+        for module, form in zip(modules, (first, second), strict=True):
+            run = _fit(module, Batches(4), 1, form, accumulate_grad_batches=2)
+            assert (run.strategy.mics.window.optimizer_shards is not None) == (form == "world")
+        assert_same_training(modules[1], modules[0], "forms in turn", rtol=0.0, atol=0.0)
+
+
+def test_a_module_is_trained_in_one_form_and_then_in_the_other() -> None:
+    run_ranks(2, _forms_in_turn)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+class Manual(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Newton(Toy):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Twice(torch.optim.SGD):
+    """Runs its closure again after a first step, as sharpness-aware optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        super().step()
+        return super().step(closure)
+
+
+class LooksAhead(Toy):
+    def configure_optimizers(self) -> Any:
+        return Twice(self.parameters(), lr=0.1)
+
+
+def _refused(make: type[Toy]) -> tuple[str, int]:
+    with collectives() as calls:
+        try:
+            trainer(mics(1, optimizer_state="world"), max_steps=1).fit(seeded(make), Batches(2))
+        except (ValueError, RuntimeError) as error:
+            return str(error), sum(call.kind == "send" for call in calls)
+    return "", 0
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (Manual, 'optimizer_state="world" needs automatic optimization'),
+        (
+            Newton,
+            'optimizer_state="world" .* LBFGS runs several forwards in a step.* choose optimizer_state="partition"',
+        ),
+        (LooksAhead, 'optimizer_state="world" .* Twice runs several forwards in a step'),
+    ],
+)
+def test_what_cannot_be_right_is_refused_on_every_rank(make: type[Toy], says: str) -> None:
+    for said, sent in run_ranks(2, _refused, make):
+        assert re.search(says, said), said
+        assert make is LooksAhead or sent == 0
+
+
+def test_a_form_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="optimizer_state='both' is not understood; choose one of partition, world"):
+        mics(1, optimizer_state="both")
+
+
+def _engine_refuses() -> None:
+    root = build(1)
+    optimizer = adamw(root)
+    root.one_backward = False
+    with pytest.raises(ValueError, match="set one_backward=True"):
+        root.shard_optimizer(optimizer)
+    root.one_backward = True
+    root.shard_optimizer(optimizer)
+    with pytest.raises(ValueError, match="sharded over all ranks already; make a new optimizer"):
+        root.shard_optimizer(optimizer)
+    backward(root, 0, 1)
+    root.double()
+    with pytest.raises(RuntimeError, match="has got other memory since its optimizer was sharded"):
+        optimizer.step()
+
+
+def test_the_engine_refuses_what_it_cannot_do() -> None:
+    run_ranks(2, _engine_refuses)
+
+
+def _one_replica() -> None:
+    root = build(2)
+    optimizer, _ = train(root, "world", 2)
+    assert all(any(p is q for q in root.parameters()) for group in optimizer.param_groups for p in group["params"])
+
+
+def test_with_one_replica_nothing_changes() -> None:
+    run_ranks(2, _one_replica)
