@@ -184,6 +184,8 @@ class Window:
         A boundary without a backward (a skipped batch) has its hop 2 here.
         """
         self._drop_stale()
+        if self.optimizer_shards is not None:
+            self.optimizer_shards.close()
         if self._unsynced or (self.one_backward and not self._complete):
             self._launched = 0
             for hop_1 in self._hops_1:
@@ -193,8 +195,6 @@ class Window:
         for param in self._parameters():
             if param.grad is not None and param.grad.dtype != param.dtype:
                 param.grad = param.grad.to(param.dtype)
-        if self.optimizer_shards is not None:
-            self.optimizer_shards.close()
 
     def drop(self) -> None:
         """Forget the window: no gradient, nothing under way. Updates of the last step are none of it."""

@@ -95,6 +95,11 @@ def adamw(module: nn.Module) -> torch.optim.Optimizer:
     )
 
 
+def adagrad(module: nn.Module) -> torch.optim.Optimizer:
+    """Has state before its first step."""
+    return torch.optim.Adagrad((p for p in module.parameters() if p.requires_grad), lr=1e-2)
+
+
 def build(
     partition_size: int,
     dtype: torch.dtype = torch.float32,
@@ -131,7 +136,6 @@ def train(
     window: int,
     make: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
     dtype: torch.dtype = torch.float32,
-    before_step: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
 ) -> tuple[torch.optim.Optimizer, list[float]]:
     optimizer = make(root)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -140,7 +144,6 @@ def train(
     losses = []
     for step in range(STEPS):
         losses += backward(root, step, window, dtype)
-        before_step(optimizer)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -153,24 +156,31 @@ def train(
 
 
 def _both(
-    partition_size: int, atol: float, window: int = 2, dtype: torch.dtype = torch.float32, **options: Any
+    partition_size: int,
+    atol: float,
+    window: int = 2,
+    dtype: torch.dtype = torch.float32,
+    make: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
+    **options: Any,
 ) -> None:
     found = []
     for form in FORMS:
         root = build(partition_size, dtype, **options)
-        optimizer, losses = train(root, form, window, dtype=dtype)
+        optimizer, losses = train(root, form, window, make, dtype)
         found.append((parameters(root.module), optimizer_state(optimizer), losses, optimizer))
     plain, world = found
     assert_close(world[0], plain[0], "parameters", atol)
     assert_close(world[1], plain[1], "optimizer state", atol)
     assert world[2] == pytest.approx(plain[2], rel=atol, abs=0.0)
     assert world[3].param_groups[0]["lr"] == plain[3].param_groups[0]["lr"]
-    for optimizer in (plain[3], world[3]):  # what no rank used has no state; nor what is frozen
-        assert len([*filter(None, optimizer.state.values())]) == len([*build(partition_size).parameters()]) - 3
+    if make is adamw:  # what no rank used has no state; nor what is frozen
+        kept = [sum(map(bool, optimizer.state.values())) for optimizer in (plain[3], world[3])]
+        assert kept == [len([*Net().parameters()]) - 3] * 2
 
 
 FP32: list[dict[str, Any]] = [{"window": 1}, {"window": 4}]
 OTHERS: list[dict[str, Any]] = [
+    {"make": adagrad},
     {"dtype": torch.bfloat16},
     {"dtype": torch.float64},
     {"precision": Precision(param_dtype=torch.bfloat16)},
@@ -218,6 +228,29 @@ def _bounded() -> None:
 def test_four_replicas_are_equal_within_the_rounding_of_a_sum() -> None:
     run_ranks(4, _bounded)
     run_ranks(4, _both, 1, 2e-3)
+
+
+def _gradients(form: str, then: str) -> list[Tensor | None]:
+    """Of two windows: the second begun anew, or added to the first."""
+    root = build(1)
+    optimizer = adamw(root)
+    if form == "world":
+        root.shard_optimizer(optimizer)
+    backward(root, 0, 1)
+    backward(root, 1 if then == "anew" else 0, 1)
+    grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
+    return [None if grad is None else grad.full_tensor() for grad in grads]  # type: ignore[attr-defined]
+
+
+def _windows_without_a_step() -> None:
+    for then in ("anew", "added"):
+        found = [{i: g for i, g in enumerate(_gradients(form, then)) if g is not None} for form in FORMS]
+        assert len(found[0]) == 4 * 3 + 3
+        assert_close(found[1], found[0], then, atol=0.0 if then == "anew" else 1e-6)
+
+
+def test_what_a_window_without_a_step_left_is_dropped_or_added_to() -> None:
+    run_ranks(2, _windows_without_a_step)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -396,6 +429,10 @@ def _read_between(how: str) -> None:
             root.module.load_state_dict({name: torch.zeros_like(p) for name, p in root.module.named_parameters()})
             root.finish_updates()
             states.append(dict(root.module.named_parameters()))
+        elif how == "another window":
+            root.window.begin(1)
+            root.window.close()
+            states.append(dict(root.module.named_parameters()))
         else:
             root.finish_updates()
             states.append(dict(root.module.named_parameters()))
@@ -404,7 +441,7 @@ def _read_between(how: str) -> None:
 
 
 def test_who_reads_or_writes_parameters_otherwise_finds_them_complete() -> None:
-    for how in ("state_dict", "of a part", "load_state_dict", "finish_updates"):
+    for how in ("state_dict", "of a part", "load_state_dict", "another window", "finish_updates"):
         run_ranks(2, _read_between, how)
 
 
@@ -614,10 +651,15 @@ def test_checkpoints_are_the_same_in_both_forms_and_each_resumes_in_the_other(tm
 
 
 class Reads(Toy):
-    """Keeps the shards as they are when a batch ends."""
+    """Keeps the shards as they are when a batch ends. Nothing has come by then unless it was awaited."""
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.on_request = OnRequest(self.trainer.strategy.mics.wire.hop_2.channel, [])
+        self.on_request.__enter__()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.seen = {name: param.to_local().detach().clone() for name, param in self.named_parameters()}
+        self.on_request.__exit__()
 
 
 def _hooks() -> None:
