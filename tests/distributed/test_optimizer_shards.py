@@ -419,7 +419,8 @@ def _read_between(how: str) -> None:
     states = []
     for root, optimizer in zip((plain, world), optimizers, strict=True):
         backward(root, 0, 1)
-        with OnRequest(root.wire.hop_2.channel, []):  # type: ignore[union-attr]
+        awaited: list[str] = []
+        with OnRequest(root.wire.hop_2.channel, awaited):  # type: ignore[union-attr]
             optimizer.step()
         if how == "state_dict":
             states.append(root.module.state_dict())
@@ -427,7 +428,7 @@ def _read_between(how: str) -> None:
             states.append(root.module.layers[1].state_dict())
         elif how == "load_state_dict":  # an update that came afterwards would undo it
             root.module.load_state_dict({name: torch.zeros_like(p) for name, p in root.module.named_parameters()})
-            root.finish_updates()
+            assert len(awaited) == (4 if root is world else 0)
             states.append(dict(root.module.named_parameters()))
         elif how == "another window":
             root.window.begin(1)
