@@ -77,22 +77,24 @@ class OptimizerShards:
         self._replica = groups.world_mesh.get_local_rank("replica")
         self._pieces: dict[int, nn.Parameter] = {}
         self._under_way: dict[int | None, Transfer] = {}
-        self._name = type(optimizer).__name__
+        self._optimizer = optimizer
+        self._parameters = {id(param) for param in parameters}
         self._on_step = on_step
         self._stepping = self._closed = False
-        self._replace(optimizer, {id(param) for param in parameters})
+        self.hold()
         optimizer.register_step_pre_hook(self._step_begins)
         optimizer.register_step_post_hook(self._step_ended)
 
-    def _replace(self, optimizer: Optimizer, ours: set[int]) -> None:
-        for group in optimizer.param_groups:
+    def hold(self) -> None:
+        """Replace parameters in the optimizer's groups by pieces, those of groups that were added since as well."""
+        state = self._optimizer.state
+        for group in self._optimizer.param_groups:
             for number, param in enumerate(group["params"]):
-                if id(param) in ours:
+                if id(param) in self._parameters:
                     piece = self._pieces[id(param)] = self._piece_of(param)
                     group["params"][number] = piece
-                    if param in optimizer.state:
-                        state = optimizer.state.pop(param)
-                        optimizer.state[piece] = {k: self._state_of(param, value) for k, value in state.items()}
+                    if param in state:
+                        state[piece] = {k: self._state_of(param, value) for k, value in state.pop(param).items()}
 
     @torch.no_grad()
     def _piece_of(self, param: nn.Parameter) -> nn.Parameter:
@@ -116,6 +118,10 @@ class OptimizerShards:
     def holds(self, param: nn.Parameter) -> bool:
         """Whether there is a piece of `param`."""
         return id(param) in self._pieces
+
+    def steps(self, param: nn.Parameter) -> bool:
+        """Whether the optimizer may have changed the piece of `param` in its last step."""
+        return self.holds(param) and (param.requires_grad or self._pieces[id(param)].grad is not None)
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +227,7 @@ class OptimizerShards:
                 its own, and the other replicas' are not.
         """
         if self._stepping and self._closed:
-            raise RuntimeError(_SEVERAL_FORWARDS.format(self._name))
+            raise RuntimeError(_SEVERAL_FORWARDS.format(type(self._optimizer).__name__))
 
     def abort(self) -> None:
         """A step that was begun may not have ended, and will not."""

@@ -104,10 +104,12 @@ class MiCSStrategyMixin(_Base):
         optimizer_state: "partition" shards the optimizer over the partition group, as parameters are. "world" shards it
             over all ranks: hop 2 becomes a reduce-scatter, each rank steps 1/n of the parameters, and gathers the rest
             of its shard behind the next forward; as many bytes, an r-th of the optimizer's memory, and the same
-            checkpoints. Automatic optimization only. After a backward that ends a window, gradients are with
-            `optimizer.param_groups`, and the module's own are None. Hooks of yours that run between a step and the
-            next forward find parameters complete, at the price of waiting for them; a `training_step` that reads a
-            block's parameters outside that block's forward calls `trainer.strategy.mics.finish_updates()` first.
+            checkpoints. Automatic optimization only. Inside a window gradients are with the module's parameters; after
+            the backward that ends it, with those in `optimizer.param_groups`, and the module's own are None. A hook
+            that drops gradients calls `trainer.strategy.mics.window.drop()`, which knows where they are. Hooks of yours
+            that run between a step and the next forward find parameters complete, at the price of waiting for them; a
+            `training_step` that reads a block's parameters outside that block's forward calls
+            `trainer.strategy.mics.finish_updates()` first.
         network: what the cluster's two tiers can do, from `mics probe`: the path of its file, or a `Network`.
         process_group_backend: "nccl", "gloo", ...; by default that of the device.
         timeout: of the process groups. By default torch's.

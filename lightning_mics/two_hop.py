@@ -162,6 +162,8 @@ class Window:
         self._drop_stale()
         self._micro_steps += 1
         boundary = not self._hop_1_only
+        if self.optimizer_shards is not None:
+            self.optimizer_shards.hold()
         if self.rung.parameters == Parameters.WINDOW:
             self._reshard_after_backward(boundary or not self.one_backward)
         for hop_1 in self._hops_1:
@@ -289,10 +291,8 @@ class Window:
         if not self.one_backward:
             params = [p for p in params if p.grad is not None and index in self._unsynced]
         hop_1 = bucket.hop_1.transfer if bucket.hop_1 is not None else None
-        in_pieces = self._in_pieces(params)
-        if in_pieces and self.optimizer_shards is not None:
-            gradients = [self._local_gradient(p) for p in in_pieces]
-            mean = self.optimizer_shards.begin_reduce(bucket.name, in_pieces, gradients, hop_1)
+        if self.optimizer_shards is not None and (held := [*filter(self.optimizer_shards.holds, params)]):
+            mean = self.optimizer_shards.begin_reduce(bucket.name, held, [*map(self._local_gradient, held)], hop_1)
             self._means.append(mean)
             self._in_flight.append(mean.transfer)
             params = [p for p in params if not self.optimizer_shards.holds(p)]
@@ -302,15 +302,11 @@ class Window:
             ]
             self._carry(partial(self._average, shards, hop_1), f"hop 2 of {bucket.name}")
 
-    def _in_pieces(self, params: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        shards = self.optimizer_shards
-        return [p for p in params if shards is not None and shards.holds(p)]
-
     def begin_updates(self) -> None:
         """After the optimizer's step: begin to gather what the replicas have updated, in the order of a forward."""
         assert self.optimizer_shards is not None
         for bucket in reversed(self.buckets):
-            if params := self._in_pieces(bucket.trainable):
+            if params := [p for p in bucket.parameters if self.optimizer_shards.steps(p)]:
                 self.optimizer_shards.begin_gather(bucket.block, bucket.name, params)
 
     def _carry(self, task: Callable[[], None], what: str) -> None:

@@ -528,6 +528,30 @@ class Thaws(Toy):
             self.layers[2].requires_grad_(False)
 
 
+class AddsGroup(Toy):
+    """Trains its last layer from the third window on, and freezes the first between a boundary and its step."""
+
+    def configure_optimizers(self) -> Any:
+        self.layers[2].requires_grad_(False)
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.lr)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 8:
+            self.layers[2].requires_grad_(True)
+            self.optimizers().add_param_group({"params": [*self.layers[2].parameters()], "lr": 0.02})
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.layers[0].requires_grad_(self.global_step != 3)
+
+
+class DropsGradients(Toy):
+    """Drops them after some backwards: inside the second window, at the boundary of the third."""
+
+    def on_after_backward(self) -> None:
+        if len(self.losses) - 1 in (5, 10):
+            self.trainer.strategy.mics.window.drop()
+
+
 class FailsOnce(Toy):
     """Raises in the seventh training step, inside a window."""
 
@@ -557,14 +581,17 @@ def _trained_alike(partition_size: int, makes: list[type[Toy]]) -> None:
                 if make is FailsOnce:
                     run = _fit(module, Batches(8, first=100), partition_size, form, **options)
                 modules.append((module, optimizer_state(run.optimizers[0])))
+                held = {p.device_mesh.ndim for group in run.optimizers[0].param_groups for p in group["params"]}
+                assert held == {2 if form == "world" else 1}
             what = f"{make.__name__}, {options}"
             assert_same_training(modules[1][0], modules[0][0], what, rtol=0.0, atol=0.0)
             assert_close(modules[1][1], modules[0][1], what)
 
 
-@pytest.mark.parametrize(
-    "makes", [[Toy], [SkipsStep, SkipsBackward, Seldom, Thaws, FailsOnce]], ids=["schedules", "irregular"]
-)
+IRREGULAR = [SkipsStep, SkipsBackward, Seldom, Thaws, AddsGroup, DropsGradients, FailsOnce]
+
+
+@pytest.mark.parametrize("makes", [[Toy], IRREGULAR], ids=["schedules", "irregular"])
 @pytest.mark.parametrize(("n", "p"), [(4, 2), (2, 1)])
 def test_a_trainer_trains_alike_bit_for_bit(n: int, p: int, makes: list[type[Toy]]) -> None:
     run_ranks(n, _trained_alike, p, makes)
