@@ -9,7 +9,7 @@ under DDP. `lightning.pytorch` and `pytorch_lightning` are two trees of classes;
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -21,7 +21,7 @@ import pytorch_lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -69,6 +69,8 @@ _BETWEEN_STEP_AND_FORWARD = (
     "on_after_batch_transfer",
     "on_train_batch_start",
 )
+# Where they may look at gradients that hop 2 has left with the optimizer.
+_BETWEEN_BACKWARD_AND_STEP = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 _AVERAGES = ("mean", "avg")
 _REDUCE_OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -308,7 +310,12 @@ class MiCSStrategyMixin(_Base):
         if self._optimizer_state == OptimizerState.WORLD:
             for optimizer in self.optimizers:  # one, as optimization is automatic
                 self.mics.shard_optimizer(optimizer)
-            self._hooks_may_read = _run_between_step_and_forward(trainer)
+            self._hooks_may_read = bool(_users_hooks(trainer, _BETWEEN_STEP_AND_FORWARD))
+            if watching := _users_hooks(trainer, _BETWEEN_BACKWARD_AND_STEP):
+                rank_zero_warn(
+                    f'optimizer_state="world": when a window ends, {", ".join(watching)} will find gradients in '
+                    "pieces, with what optimizer.param_groups holds; the module's own parameters have none then"
+                )
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 
@@ -517,12 +524,16 @@ class MiCSStrategyMixin(_Base):
         self.accelerator.teardown()
 
 
-def _run_between_step_and_forward(trainer: pl.Trainer) -> bool:
-    """Whether any hook of the user's does. Lightning's own callbacks, and this package's, read state dicts at most."""
-    theirs = ("lightning", "pytorch_lightning", __name__.split(".")[0])
+def _users_hooks(trainer: pl.Trainer, names: Iterable[str]) -> list[str]:
+    """Which of these hooks are the user's own, on the module or on a callback; not Lightning's, nor this package's."""
+    packages = ("lightning", "pytorch_lightning", __name__.split(".")[0])
     owners = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
-    hooks = [getattr(owner, name, None) for owner in owners for name in _BETWEEN_STEP_AND_FORWARD]
-    return any(hook is not None and str(getattr(hook, "__module__", "")).split(".")[0] not in theirs for hook in hooks)
+    hooks = [(owner, name, getattr(owner, name, None)) for name in names for owner in owners]
+    return [
+        f"{type(owner).__name__}.{name}"
+        for owner, name, hook in hooks
+        if hook is not None and str(getattr(hook, "__module__", "")).split(".")[0] not in packages
+    ]
 
 
 def _compile_arguments(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
