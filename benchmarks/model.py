@@ -46,9 +46,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def size_of(model: nn.Module) -> ModelSize:
     """Bytes of `build`'s model."""
-    total = sum(p.nbytes for p in model.parameters())
-    blocks = sum(p.nbytes for block in blocks_of(model) for p in block.parameters())
-    return ModelSize(blocks, total - blocks)
+    blocks = tuple(sum(p.nbytes for p in block.parameters()) for block in blocks_of(model))
+    return ModelSize(blocks, sum(p.nbytes for p in model.parameters()) - sum(blocks))
 
 
 def optimizer_of(params: object) -> torch.optim.AdamW:

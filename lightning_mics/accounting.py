@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_mics.collectives import Collectives, Sent
-from lightning_mics.comms import padded_numel
+from lightning_mics.comms import blocks_whole, padded_numel
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import ModelBytes, Rung, Whole
 from lightning_mics.optimizer_shards import OptimizerShards, room
@@ -66,7 +66,12 @@ class Account:
         gather = hop_1 = hop_2 = Sent(0, 0)
         for bucket in self.buckets:
             if self.wire.gather is not None:
-                times = rung.gathers(window)[bucket.block is None]
+                blocks, index = len(self.buckets) - 1, bucket.block
+                times = (
+                    rung.gathers_outside(window)
+                    if index is None
+                    else rung.gathers(window, index, blocks, blocks_whole(self.groups))
+                )
                 gather += self.wire.gather.collectives.sent(*self._gathered(bucket), narrow=True) * times
             if self.wire.hop_1 is not None and bucket.trainable:
                 hop_1 += self.wire.hop_1.collectives.sent(*self._summed(bucket)) * rung.reduce_scatters(window)
@@ -102,7 +107,7 @@ class Account:
             gradients = sum(param.numel() * self.precision.travels(param.dtype).itemsize for param in bucket.trainable)
             wholes.append(Whole(p * gathered * travels.itemsize, gradients, p * summed * sums.itemsize))
         *blocks, outside = wholes
-        return ModelBytes(shards, tuple(reversed(blocks)), outside)
+        return ModelBytes(shards, tuple(reversed(blocks)), outside, blocks_whole(self.groups))
 
     def _gathered(self, bucket: Bucket) -> tuple[int, torch.dtype]:
         """Elements of a rank's shard, and the dtype in which they travel; several travel as bytes."""

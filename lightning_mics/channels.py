@@ -12,7 +12,9 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -23,6 +25,15 @@ Task = Callable[[], None]
 
 class CollectiveError(RuntimeError):
     """A collective failed, timed out or was cut off; the message names it, its tier and its ranks."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[str]:
+    """What fails in here is told as `what`, which is yielded."""
+    try:
+        yield what
+    except CollectiveError as error:
+        raise CollectiveError(f"{what}: {error}") from error
 
 
 class Transfer(dist.Work):
@@ -46,19 +57,21 @@ class Transfer(dist.Work):
         self._event: torch.Event | None = None
 
     def run(self, task: Task) -> BaseException | None:
-        """Do it now, in this thread; what it raised."""
+        """Do it now, in this thread; what it raised. Whoever waits goes on when it has been settled."""
         self.began = time.perf_counter()
         try:
             task()
         except BaseException as error:
             self._error = error
         self.ended = time.perf_counter()
-        self._over.set()
         return self._error
 
     def fail(self, error: BaseException) -> None:
         """Give it up without having done it."""
         self._error = error
+
+    def settle(self) -> None:
+        """It is over."""
         self._over.set()
 
     def follows(self, event: torch.Event) -> None:
@@ -69,6 +82,11 @@ class Transfer(dist.Work):
         """Nobody wants the result any more: whoever waits returns at once."""
         self._abandoned = True
         self._over.set()
+
+    @property
+    def used(self) -> bool:
+        """Whether it went well, and somebody has waited for it or nobody will."""
+        return self._over.is_set() and self._error is None and (self.waited or self._abandoned)
 
     def is_completed(self) -> bool:
         """Whether a wait would return at once."""
@@ -105,7 +123,7 @@ class Channel(ABC):
 
     def __init__(self) -> None:
         self.log: list[Transfer] | None = None
-        self._last: Transfer | None = None
+        self._under_way: deque[Transfer] = deque()
 
     def submit(self, task: Task, what: str) -> Transfer:
         """Hand over `task`. What it touches is not to be touched until the transfer has been waited for."""
@@ -113,13 +131,16 @@ class Channel(ABC):
         if self.log is not None:
             self.log.append(transfer)
         self._carry(transfer, task)
-        self._last = transfer
+        while self._under_way and self._under_way[0].used:
+            self._under_way.popleft()
+        self._under_way.append(transfer)
         return transfer
 
-    def drain(self) -> None:
-        """Wait for all that was handed over."""
-        if self._last is not None:
-            self._last.wait()
+    def drain(self, leave: int = 0) -> None:
+        """Wait for all that was handed over, but for the last `leave`."""
+        while len(self._under_way) > leave:
+            self._under_way[0].wait()
+            self._under_way.popleft()
 
     @abstractmethod
     def _carry(self, transfer: Transfer, task: Task) -> None: ...
@@ -131,7 +152,9 @@ class InlineChannel(Channel):
     asynchronous = False
 
     def _carry(self, transfer: Transfer, task: Task) -> None:
-        if error := transfer.run(task):
+        error = transfer.run(task)
+        transfer.settle()
+        if error:
             raise CollectiveError(f"{transfer.what}: {error}") from error
 
 
@@ -150,6 +173,7 @@ class StreamChannel(Channel):
         with self._stream:
             error = transfer.run(task)
             transfer.follows(self._stream.record_event())
+        transfer.settle()
         if error:
             raise CollectiveError(f"{transfer.what}: {error}") from error
 
@@ -182,7 +206,9 @@ def _carry_all(waiting: queue.SimpleQueue[tuple[Transfer, Task] | None]) -> None
                 broken = transfer.run(task)
             else:
                 transfer.fail(broken)
-            del item, transfer, task  # the tensors of a task are free while the next is awaited
+            del item, task  # the tensors of a task are free before anybody goes on
+            transfer.settle()
+            del transfer
 
 
 def channel_for(device: torch.device, backend: str, name: str, *, own_stream: bool = False) -> Channel:

@@ -13,10 +13,13 @@ an all-reduce. `Native` issues the backend's collectives, stage by stage: NCCL. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
-from itertools import count
-from typing import TypeVar
+from functools import partial
+from itertools import count, zip_longest
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +35,7 @@ _Result = TypeVar("_Result")
 CHUNK_BYTES = 1 << 20
 """What one stage hands to the next at most at a time; less where a slot would not make `_CHUNKS` of it."""
 _CHUNKS, _LEAST_CHUNK_BYTES = 4, 1 << 16
+_TAGS, _LANES = 1 << 24, 2  # of messages: more than can be under way, and all tags fit 31 bits
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ class Collectives(ABC):
 
     def exact(self) -> Collectives:
         """The same, with nothing rounded between nodes."""
-        return type(self)(self._hierarchical, self._network)
+        exact = copy(self)  # messages are numbered together
+        exact._between_nodes = None
+        return exact
 
     def tiers_for(self, slot_bytes: int) -> Tiers:
         """Both tiers, or all ranks as one where that takes less time for slots of `slot_bytes` bytes."""
@@ -113,6 +119,13 @@ class Collectives(ABC):
             buffer: one-dimensional, of any dtype, with this rank's values in its own slot; a multiple of the ranks.
         """
 
+    def begin_all_gather(self, buffer: Tensor) -> Callable[[], None]:
+        """Send at once what can be sent at once; the gather is done when what this returns has run.
+
+        Gathers are finished in the order in which they were begun, the same on every rank.
+        """
+        return partial(self.all_gather, buffer)
+
     @abstractmethod
     def reduce_scatter(
         self, buffer: Tensor, out: Tensor | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
@@ -124,6 +137,13 @@ class Collectives(ABC):
             out: of the size of a slot.
             op: SUM, or AVG where the backend has it.
         """
+
+    def begin_reduce_scatter(self, buffer: Tensor) -> Callable[[], Tensor]:
+        """Send at once what can be sent at once; what this returns gives the sum, as `reduce_scatter` does.
+
+        Those that were begun are finished in that order, the same on every rank.
+        """
+        return partial(self.reduce_scatter, buffer)
 
     @abstractmethod
     def all_reduce(self, buffer: Tensor) -> None:
@@ -163,8 +183,13 @@ def flat_reduce_scatter(buffer: Tensor, tiers: Tiers) -> Tensor:
 class Exchange(Collectives):
     """By sends and receives: straight into the slots, added in fp32 or wider, each stage chunk by chunk.
 
-    A chunk that has crossed is passed on in the node while the next crosses. Beside the buffer it needs a few chunks.
+    A chunk that has crossed is passed on in the node while the next crosses, and while this gather's last is passed on,
+    the next gather's cross. Beside the buffer it needs a few chunks.
     """
+
+    def __init__(self, tiers: Tiers, network: Network, between_nodes: torch.dtype | None = None) -> None:
+        super().__init__(tiers, network, between_nodes)
+        self._numbering = _Numbering()
 
     def seconds(self, slot_bytes: int) -> tuple[float, float]:
         """All messages of a stage leave at once, so that a stage has one latency; stages run behind one another."""
@@ -175,93 +200,140 @@ class Exchange(Collectives):
         return inter.seconds(crossing) + intra.seconds(passing), inter.seconds(crossing * k)
 
     def all_gather(self, buffer: Tensor) -> None:
+        self.begin_all_gather(buffer)()
+
+    def begin_all_gather(self, buffer: Tensor) -> Callable[[], None]:
         slots = buffer.view(self._hierarchical.size, -1).unbind()
-        _gather(slots, self.tiers_for(slots[0].nbytes), self.crossing_dtype(buffer.dtype))
+        tiers, narrow = self.tiers_for(slots[0].nbytes), self.crossing_dtype(buffer.dtype)
+        return _Gather(slots, tiers, self._numbering, narrow).finish
 
     def reduce_scatter(
         self, buffer: Tensor, out: Tensor | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
     ) -> Tensor:
         if op != dist.ReduceOp.SUM:
             raise ValueError(f"op={op} cannot be added here; choose ReduceOp.SUM and divide")
-        slots = buffer.view(self._hierarchical.size, -1).unbind()
-        tiers = self.tiers_for(slots[0].nbytes)
-        _reduce(slots, tiers, None)
-        total = slots[tiers.index]
+        total = self.begin_reduce_scatter(buffer)()
         return total if out is None else out.copy_(total)
+
+    def begin_reduce_scatter(self, buffer: Tensor) -> Callable[[], Tensor]:
+        slots = buffer.view(self._hierarchical.size, -1).unbind()
+        return _Reduction(slots, self.tiers_for(slots[0].nbytes), self._numbering, None).finish
 
     def all_reduce(self, buffer: Tensor) -> None:
         slots = buffer.tensor_split(self._hierarchical.size)
         tiers = self.tiers_for(slots[0].nbytes)
         narrow = self.crossing_dtype(buffer.dtype)
-        _reduce(slots, tiers, narrow)
+        _Reduction(slots, tiers, self._numbering, narrow).finish()
         if narrow is not None and tiers.nodes > 1:  # as every other node will have it
             slots[tiers.index].copy_(slots[tiers.index].to(narrow))
-        _gather(slots, tiers, narrow)
+        _Gather(slots, tiers, self._numbering, narrow).finish()
 
 
-def _gather(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -> None:
-    """Fill `slots` from the ranks whose they are: chunk by chunk between nodes, and each on inside the node."""
-    own = slots[tiers.index]
-    here = [slots[node * tiers.per_node + tiers.local] for node in range(tiers.nodes)]
-    between, inside = _Peers(tiers, "inter_node", narrow), _Peers(tiers, "intra_node")
-    chunks = [*_chunks(max(slots, key=Tensor.numel))]  # as many on every rank, whosever slot is shorter
-    arriving = {}
-    for chunk in chunks:
-        for step in between.steps:
-            between.send(own[chunk], step)
-    for chunk in chunks:
-        for step in between.steps:
-            source = (tiers.node - step) % tiers.nodes
-            arriving[chunk.start, source] = between.receive(here[source][chunk], step)
-    for chunk in chunks:
-        for step in (0, *between.steps):
-            node = (tiers.node - step) % tiers.nodes
-            if step:
-                between.finish(arriving[chunk.start, node])
-            for peer in inside.steps:
-                inside.send(here[node][chunk], peer)
-                inside.receive(slots[node * tiers.per_node + (tiers.local - peer) % tiers.per_node][chunk], peer)
-    between.finish_all()
-    inside.finish_all()
+class _Gather:
+    """Fills `slots` from the ranks whose they are: chunk by chunk between nodes, and each on inside the node.
 
-
-def _reduce(slots: Sequence[Tensor], tiers: Tiers, narrow: torch.dtype | None) -> None:
-    """Add every rank's slots up where they belong: inside the node first, and what is for other nodes goes on.
-
-    This rank's slot holds the sum; the others hold partial sums.
+    All that is this rank's own is on its way when this is made; `finish` waits, and passes on what came.
     """
-    own = slots[tiers.index]
-    here = [slots[node * tiers.per_node + tiers.local] for node in range(tiers.nodes)]
-    between, inside = _Peers(tiers, "inter_node", narrow), _Peers(tiers, "intra_node")
-    rounds = [
-        (chunk, step) for chunk in _chunks(max(slots, key=Tensor.numel)) for step in (*between.steps, 0)
-    ]  # other nodes' first: they have further to go
 
-    def ask(chunk: slice, step: int) -> list[_Message]:
-        node = (tiers.node + step) % tiers.nodes
+    def __init__(
+        self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None
+    ) -> None:
+        self._slots = slots
+        self._tiers = tiers
+        self._between = _Peers(tiers, "inter_node", numbering, narrow=narrow)
+        self._own = _Peers(tiers, "intra_node", numbering)
+        self._passing = _Peers(tiers, "intra_node", numbering, lane=1)
+        own = slots[tiers.index]
+        self._chunks = [*_chunks(max(slots, key=Tensor.numel))]  # as many on every rank, whosever slot is shorter
+        for chunk in self._chunks:
+            for step in self._between.steps:
+                self._between.send(own[chunk], step)
+        self._arriving = [
+            (self._between.receive(self._here(step)[chunk], step), step, chunk)
+            for chunk in self._chunks
+            for step in self._between.steps
+        ]
+        for peer in self._own.steps:
+            self._own.send(own, peer)
+            self._own.receive(self._slot(0, peer), peer)
+
+    def finish(self) -> None:
+        """Return when every slot is full."""
+        for message, step, chunk in self._arriving:
+            self._between.finish(message)
+            for peer in self._passing.steps:
+                self._passing.send(self._here(step)[chunk], peer)
+                self._passing.receive(self._slot(step, peer)[chunk], peer)
+        for peers in (self._between, self._own, self._passing):
+            peers.finish_all()
+
+    def _here(self, step: int) -> Tensor:
+        """The slot that comes to this rank from the node `step` behind."""
+        return self._slot(step, 0)
+
+    def _slot(self, step: int, peer: int) -> Tensor:
+        """That which comes to the rank `peer` behind in this node from the node `step` behind."""
+        tiers = self._tiers
+        node, local = (tiers.node - step) % tiers.nodes, (tiers.local - peer) % tiers.per_node
+        return self._slots[node * tiers.per_node + local]
+
+
+class _Reduction:
+    """Adds every rank's slots up where they belong: inside the node first, and what is for other nodes goes on.
+
+    This rank's slot holds the sum; the others hold partial sums. What is asked for first is on its way when this is
+    made; `finish` waits, adds, and passes on.
+    """
+
+    def __init__(
+        self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None
+    ) -> None:
+        self._slots = slots
+        self._tiers = tiers
+        self._between = _Peers(tiers, "inter_node", numbering, narrow=narrow)
+        self._first = _Peers(tiers, "intra_node", numbering)
+        self._later = _Peers(tiers, "intra_node", numbering, lane=1)
+        chunks = [*_chunks(max(slots, key=Tensor.numel))]
+        steps = (*self._between.steps, 0)  # other nodes' first: they have further to go
+        self._rounds = [(chunk, step) for chunk in chunks for step in steps]
+        self._asked = self._ask(self._first, *self._rounds[0]) if self._rounds else []
+
+    def finish(self) -> Tensor:
+        """This rank's slot, when the sum is there."""
+        own = self._slots[self._tiers.index]
+        crossing: list[tuple[Tensor, list[_Message]]] = []
+        incoming: list[_Message] = []
+        asked, self._asked = self._asked, []
+        for (chunk, step), following in zip_longest(self._rounds, self._rounds[1:]):
+            arriving, asked = asked, self._ask(self._later, *following) if following else []
+            mine = self._here(step)[chunk]
+            self._later.add(mine, arriving)
+            if step:
+                self._between.send(mine, step)
+                incoming.append(self._between.receive(torch.empty_like(own[chunk]), step))
+                continue
+            crossing.append((mine, incoming))
+            incoming = []
+            if len(crossing) > 1:
+                self._between.add(*crossing.pop(0))
+        for mine, parts in crossing:
+            self._between.add(mine, parts)
+        for peers in (self._between, self._first, self._later):
+            peers.finish_all()
+        return own
+
+    def _ask(self, inside: _Peers, chunk: slice, step: int) -> list[_Message]:
+        """Send what is for the other ranks of this node to reduce, and receive what is for this one."""
+        node = (self._tiers.node + step) % self._tiers.nodes
         for peer in inside.steps:
-            inside.send(slots[node * tiers.per_node + (tiers.local + peer) % tiers.per_node][chunk], peer)
-        return [inside.receive(torch.empty_like(here[node][chunk]), peer) for peer in inside.steps]
+            local = (self._tiers.local + peer) % self._tiers.per_node
+            inside.send(self._slots[node * self._tiers.per_node + local][chunk], peer)
+        return [inside.receive(torch.empty_like(self._here(step)[chunk]), peer) for peer in inside.steps]
 
-    crossing: list[tuple[Tensor, list[_Message]]] = []
-    incoming: list[_Message] = []
-    asked = ask(*rounds[0]) if rounds else []
-    for number, (chunk, step) in enumerate(rounds):
-        arriving, asked = asked, ask(*rounds[number + 1]) if number + 1 < len(rounds) else []
-        mine = here[(tiers.node + step) % tiers.nodes][chunk]
-        inside.add(mine, arriving)
-        if step:
-            between.send(mine, step)
-            incoming.append(between.receive(torch.empty_like(own[chunk]), step))
-            continue
-        crossing.append((mine, incoming))
-        incoming = []
-        if len(crossing) > 1:
-            between.add(*crossing.pop(0))
-    for mine, parts in crossing:
-        between.add(mine, parts)
-    between.finish_all()
-    inside.finish_all()
+    def _here(self, step: int) -> Tensor:
+        """The slot that this rank reduces for the node `step` ahead."""
+        node = (self._tiers.node + step) % self._tiers.nodes
+        return self._slots[node * self._tiers.per_node + self._tiers.local]
 
 
 def _chunks(slot: Tensor) -> Iterator[slice]:
@@ -283,35 +355,51 @@ class _Message:
         self.target = target
 
 
+class _Numbering:
+    """Numbers the messages between two ranks, so that each finds its match however they overtake one another."""
+
+    def __init__(self) -> None:
+        self._counts: defaultdict[tuple[Any, ...], Iterator[int]] = defaultdict(count)
+
+    def next(self, group: dist.ProcessGroup, lane: int, *route: object) -> int:
+        """A tag. Lanes are numbered apart, as they may be used by different threads."""
+        return next(self._counts[group, lane, *route]) % _TAGS * _LANES + lane
+
+
 class _Peers:
     """Messages on one tier, to and from the ranks that are some steps ahead and behind.
 
-    Messages between two ranks are numbered, so that each finds its match however they overtake one another. They travel
-    in the dtype `narrow`, where given.
+    They travel in the dtype `narrow`, where given.
     """
 
-    def __init__(self, tiers: Tiers, tier: str, narrow: torch.dtype | None = None) -> None:
+    def __init__(
+        self, tiers: Tiers, tier: str, numbering: _Numbering, *, lane: int = 0, narrow: torch.dtype | None = None
+    ) -> None:
         self._group: dist.ProcessGroup | None = getattr(tiers, tier)
         self._place, size = (tiers.node, tiers.nodes) if tier == "inter_node" else (tiers.local, tiers.per_node)
         self._size = size if self._group is not None else 1
         self._name = "between nodes" if tier == "inter_node" else "inside the node"
         self._narrow = narrow
-        self._under_way: list[_Message] = []
-        self._sent = [count() for _ in range(self._size)]
-        self._received = [count() for _ in range(self._size)]
+        self._numbering = numbering
+        self._lane = lane
+        self._under_way: set[_Message] = set()
         self.steps = range(1, self._size)
 
     def send(self, tensor: Tensor, step: int) -> None:
         """To the rank `step` ahead."""
-        tag, to = next(self._sent[step]), (self._place + step) % self._size
+        tag, to = self._tag("to", step), (self._place + step) % self._size
         carried = tensor if self._narrow is None else tensor.to(self._narrow)
         self._begin(lambda: dist.isend(carried, group=self._group, group_dst=to, tag=tag), carried, carried)
 
     def receive(self, tensor: Tensor, step: int) -> _Message:
         """From the rank `step` behind; it is in `tensor` once the message is finished."""
-        tag, source = next(self._received[step]), (self._place - step) % self._size
+        tag, source = self._tag("from", step), (self._place - step) % self._size
         carried = tensor if self._narrow is None else torch.empty_like(tensor, dtype=self._narrow)
         return self._begin(lambda: dist.irecv(carried, group=self._group, group_src=source, tag=tag), carried, tensor)
+
+    def _tag(self, direction: str, step: int) -> int:
+        assert self._group is not None
+        return self._numbering.next(self._group, self._lane, direction, step)
 
     def add(self, total: Tensor, incoming: Sequence[_Message]) -> None:
         """Add to `total` what is on its way, rounding once."""
@@ -326,6 +414,7 @@ class _Peers:
 
     def finish(self, message: _Message) -> None:
         """Wait for one message. gloo's cannot be waited for twice."""
+        self._under_way.discard(message)  # and with it the memory that it came in
         if message.work is None:
             return
         self._tried(message.work.wait)
@@ -336,13 +425,12 @@ class _Peers:
 
     def finish_all(self) -> None:
         """Wait for all of them."""
-        for message in self._under_way:
+        for message in [*self._under_way]:
             self.finish(message)
-        self._under_way.clear()
 
     def _begin(self, action: Callable[[], dist.Work | None], carried: Tensor, target: Tensor) -> _Message:
         message = _Message(self._tried(action) if carried.numel() else None, carried, target)
-        self._under_way.append(message)
+        self._under_way.add(message)
         return message
 
     def _tried(self, action: Callable[[], _Result]) -> _Result:

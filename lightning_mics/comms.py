@@ -7,7 +7,7 @@ it happens behind the computation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_mics.channels import Transfer
+from lightning_mics.channels import Transfer, naming
+from lightning_mics.groups import Groups
 from lightning_mics.wire import Traffic
+
+
+def blocks_whole(groups: Groups) -> int:
+    """How many blocks are whole at a time, on the lowest rung: the one that runs, and those on their way.
+
+    One block's parameters are on their way, and one block's gradients; on CPU two blocks' where they cross between
+    nodes, so that the link does not idle while what has crossed is passed on in the node and taken into use. (On an
+    accelerator the engine runs ahead by itself.)
+    """
+    across = groups.gather is not None and groups.gather.nodes > 1
+    return 3 if across and groups.device.type == "cpu" else 2
 
 
 class BlockGather:
@@ -46,9 +58,9 @@ class BlockGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         """Begin a gather; the engine has put this rank's shard in its place in `output_tensor`."""
-        transfer = self._channel.submit(
-            partial(self._collectives.all_gather, output_tensor), f"all-gather of {self._name}"
-        )
+        with naming(f"all-gather of {self._name}") as what:
+            finish = self._collectives.begin_all_gather(output_tensor)
+        transfer = self._channel.submit(finish, what)
         if not self._channel.asynchronous:
             return None
         self._under_way = transfer
@@ -72,9 +84,10 @@ class HopOne:
         name: the block's, for people.
         traffic: hop 1 of all blocks.
         partition_size: p, by which sums are divided.
+        most_under_way: blocks whose gradients may be on their way at a time.
     """
 
-    def __init__(self, name: str, traffic: Traffic, partition_size: int) -> None:
+    def __init__(self, name: str, traffic: Traffic, partition_size: int, most_under_way: int) -> None:
         self.holds = False
         self.transfer: Transfer | None = None
         """The last hop 1, under way or over."""
@@ -82,14 +95,15 @@ class HopOne:
         self._collectives = traffic.collectives
         self._channel = traffic.channel
         self._partition_size = partition_size
+        self._most_under_way = most_under_way
         self._held: Tensor | None = None
         self._buffer: Tensor | None = None
         self._parameters: list[nn.Parameter] = []
         self._awaited = 0
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for gradients, once the block before is through: there is one buffer at a time under way."""
-        self._channel.drain()
+        """Memory for gradients, once there is room for one more block's; see `blocks_whole`."""
+        self._channel.drain(leave=self._most_under_way - 1)
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -135,17 +149,17 @@ class HopOne:
         assert self._buffer is not None
         targets = [param.grad.to_local() for param in self._parameters]  # type: ignore[union-attr,attr-defined]
         sizes = [padded_numel(param, self._partition_size) for param in self._parameters]
-        task = partial(self._reduce, self._buffer, targets, sizes)
-        self._buffer = None
-        self.transfer = self._channel.submit(task, f"reduce-scatter of {self._name}")
-
-    def _reduce(self, buffer: Tensor, targets: list[Tensor], sizes: list[int]) -> None:
-        small_range = buffer.dtype == torch.float16
+        small_range = self._buffer.dtype == torch.float16
         if small_range:
-            buffer.div_(self._partition_size)
-        total = self._collectives.reduce_scatter(buffer)
-        if not small_range:
-            total.div_(self._partition_size)
+            self._buffer.div_(self._partition_size)
+        with naming(f"reduce-scatter of {self._name}") as what:
+            finish = self._collectives.begin_reduce_scatter(self._buffer)
+        task = partial(self._add, finish, 1 if small_range else self._partition_size, targets, sizes)
+        self._buffer = None
+        self.transfer = self._channel.submit(task, what)
+
+    def _add(self, finish: Callable[[], Tensor], divisor: int, targets: list[Tensor], sizes: list[int]) -> None:
+        total = finish().div_(divisor)
         for target, piece in zip(targets, total.split(sizes), strict=True):
             target.add_(piece[: target.numel()].view_as(target))
 

@@ -43,15 +43,18 @@ class Rung:
     ===================  =============================  ==================================
     part                 held                           sent, in units of (p-1)/p * M
     ===================  =============================  ==================================
-    block/...            two blocks at a time           2 w gathers
-    micro_step/...       M, in forward and backward     w gathers
+    block/...            c blocks                       2 w gathers, less (2 w - 1) c B
+    micro_step/...       M, in forward and backward     w gathers, less (w - 1) c B
     window/...           M, between optimizer steps     1 gather
-    .../sharded          two blocks at a time           w reduce-scatters
+    .../sharded          c blocks at a time             w reduce-scatters
     .../whole            M, between micro-steps         1 reduce-scatter
     ===================  =============================  ==================================
 
-    What lies outside the blocks is gathered once a micro-step, or once a window. Under manual optimization nobody knows
-    which backward will be the window's last, and `window` and `whole` act as `micro_step` and `sharded`.
+    c blocks are whole at a time: the one that runs and the next, on CPU one more where they come from other nodes. The
+    last c stay so from forward to backward, and the first c from there to the next micro-step's forward: what would be
+    gathered at once again is not freed. What lies outside the blocks is gathered once a micro-step, or once a window.
+    Under manual optimization nobody knows which backward will be the window's last: `window` and `whole` act as
+    `micro_step` and `sharded`, and the first c blocks are freed.
     """
 
     parameters: Parameters = Parameters.BLOCK
@@ -73,15 +76,16 @@ class Rung:
             )
         return by_name[rung]
 
-    def gathers(self, window: int) -> tuple[int, int]:
-        """How often a window of `window` micro-steps gathers a block, and what lies outside the blocks."""
-        match self.parameters:
-            case Parameters.BLOCK:
-                return 2 * window, window
-            case Parameters.MICRO_STEP:
-                return window, window
-            case Parameters.WINDOW:
-                return 1, 1
+    def gathers(self, window: int, index: int, blocks: int, whole: int) -> int:
+        """How often a window of `window` micro-steps gathers block `index` of `blocks`, if `whole` are so at a time."""
+        stays_before_forward, stays_after_forward = index < whole, index >= blocks - whole
+        forward = 1 if stays_before_forward or self.parameters == Parameters.WINDOW else window
+        backward = 0 if stays_after_forward or self.parameters != Parameters.BLOCK else window
+        return forward + backward
+
+    def gathers_outside(self, window: int) -> int:
+        """How often it gathers what lies outside the blocks."""
+        return 1 if self.parameters == Parameters.WINDOW else window
 
     def reduce_scatters(self, window: int) -> int:
         """How often a window of `window` micro-steps reduces each gradient in the partition group."""
@@ -117,35 +121,43 @@ class ModelBytes:
         shards: parameters and the window's gradients, in shards.
         blocks: in order of execution.
         outside: what lies outside the blocks.
+        whole: how many blocks are whole at a time, on the lowest rung.
     """
 
     shards: int
     blocks: tuple[Whole, ...]
     outside: Whole
+    whole: int = 2
 
     def peak(self, rung: Rung) -> int:
         """The most bytes that a rank holds at once in a window: shards, and whatever is whole, without activations.
 
         The optimizer's state comes on top. Below stand a backward's two moments at each block: it computes, while the
-        block behind it is on its way and the gradients of the one before are; and it hands its gradients over.
+        blocks behind it are on their way and the gradients of the one before are; and it hands its gradients over.
         """
         everything = sum(block.parameters for block in self.blocks)
         held = sum(block.sums for block in self.blocks) if rung.gradients == Gradients.WHOLE else 0
         most = 0
-        ahead = 0  # gradients of the block before, under way
+        reducing = [0]  # gradients of the blocks before, under way
         for index in reversed(range(len(self.blocks))):
-            block, behind = self.blocks[index], self.blocks[index - 1].parameters if index else 0
+            block = self.blocks[index]
+            stop = max(index + 1, self.whole)  # the first ones stay
             match rung.parameters:
                 case Parameters.BLOCK:
-                    gathered, after = block.parameters + behind, behind
+                    gathered = sum(each.parameters for each in self.blocks[max(0, index + 1 - self.whole) : stop])
                 case Parameters.MICRO_STEP:
-                    gathered = sum(each.parameters for each in self.blocks[: index + 1])
-                    after = gathered - block.parameters
+                    gathered = sum(each.parameters for each in self.blocks[:stop])
                 case Parameters.WINDOW:
-                    gathered = after = everything
-            most = max(most, gathered + block.gradients + ahead, after + block.gradients + block.sums)
-            ahead = block.sums if rung.gradients == Gradients.SHARDED else 0
-        kept = everything if rung.parameters == Parameters.WINDOW else 0
+                    gathered = everything
+            stays = index < self.whole or rung.parameters == Parameters.WINDOW
+            after = gathered if stays else gathered - block.parameters
+            computing = gathered + sum(reducing)
+            handing_over = after + block.sums + sum(reducing[1:])
+            most = max(most, block.gradients + computing, block.gradients + handing_over)
+            if rung.gradients == Gradients.SHARDED:
+                reducing = [*reducing, block.sums][1 - self.whole :]
+        stay = self.blocks if rung.parameters == Parameters.WINDOW else self.blocks[: self.whole]
+        kept = sum(block.parameters for block in stay)
         outside = self.outside.parameters + self.outside.gradients
         if rung.gradients == Gradients.WHOLE:
             held += self.outside.sums

@@ -25,13 +25,14 @@ from lightning_mics.accounting import Account, WireBytes
 from lightning_mics.block_order import BlockOrder
 from lightning_mics.blocks import Block, BlockChoice, class_of, find_blocks, has_parameters
 from lightning_mics.climb import Budget, Climb
-from lightning_mics.comms import BlockGather, HopOne
+from lightning_mics.comms import BlockGather, HopOne, blocks_whole
 from lightning_mics.groups import Groups
-from lightning_mics.ladder import AUTO, ModelBytes, Parameters, Rung
+from lightning_mics.ladder import AUTO, ModelBytes, Rung
 from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerShards, check_optimizer
 from lightning_mics.precision import Precision
+from lightning_mics.residency import Residency
 from lightning_mics.two_hop import Bucket, Window
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Wire
@@ -57,9 +58,10 @@ class MiCSModule(nn.Module):
         self.hops_1: dict[nn.Module, HopOne] = {}
         self.wire: Wire
         self.blocks: tuple[Block, ...] = ()
+        self.residency: Residency
         self.window: Window
         self.order: BlockOrder
-        self._ahead: dict[int | None, list[int]] = {}
+        self._ahead: dict[int | None, Sequence[int]] = {}  # blocks whose gathers begin with a block's, or the root's
         self._has_run = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,10 +70,13 @@ class MiCSModule(nn.Module):
         What is gathered in inference mode could not be trained on afterwards, and the engine keeps the memory for it.
         """
         self._await_updates(None)
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(mode=False), torch.no_grad():
-                return super().__call__(*args, **kwargs)
-        return super().__call__(*args, **kwargs)
+        try:
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.residency.show_shards()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
@@ -106,23 +111,25 @@ class MiCSModule(nn.Module):
 
     @one_backward.setter
     def one_backward(self, value: bool) -> None:
-        self.window.one_backward = value
+        self.window.one_backward = self.residency.one_backward = value
         self.order.pass_skipped = value and self.groups.topology.partition_size > 1
         reduce_unused_params(self, value)  # type: ignore[arg-type]
         self._prefetch(value)
 
     def _prefetch(self, enable: bool) -> None:
-        """Whether each block's gather is begun before the block ahead of it runs.
+        """Whether blocks are gathered before the block ahead of them runs; see `blocks_whole`.
 
         Only where the next block is known to come. On an accelerator the engine runs ahead by itself.
         """
-        if self.groups.device.type != "cpu" or self.groups.topology.partition_size == 1:
+        if self.groups.device.type != "cpu" or self.groups.gather is None:
             return
-        modules: dict[int | None, Any] = {None: self} | {i: block.module for i, block in enumerate(self.blocks)}
-        order = [*modules]
-        for place, block in enumerate(order):
-            self._ahead[block] = [b for b in order[place + 1 : place + 2] if b is not None] if enable else []
-            modules[block].set_modules_to_forward_prefetch([modules[b] for b in self._ahead[block]])
+        blocks = [block.module for block in self.blocks]
+        ahead = blocks_whole(self.groups) - 1 if enable else 0
+        for index, module in enumerate([self, *blocks]):
+            following = self._ahead[index - 1 if index else None] = range(index, min(index + ahead, len(blocks)))
+            module.set_modules_to_forward_prefetch([blocks[i] for i in following])  # type: ignore[operator]
+            before = blocks[max(0, index - 1 - ahead) : max(0, index - 1)]
+            module.set_modules_to_backward_prefetch(before[::-1])  # type: ignore[operator]
 
     # -- optimizer state over all ranks ------------------------------------------------------------------------------
 
@@ -356,18 +363,14 @@ def _install_comms(root: MiCSModule) -> None:
     gather, hop_1 = root.wire.gather, root.wire.hop_1
     if gather is None or hop_1 is None:
         return
+    p = root.groups.topology.partition_size
     for name, module in _gathering(root).items():
         root.gathers[module] = BlockGather(name or OUTSIDE, gather)
-        root.hops_1[module] = HopOne(name or OUTSIDE, hop_1, root.groups.topology.partition_size)
+        root.hops_1[module] = HopOne(name or OUTSIDE, hop_1, p, most_under_way=blocks_whole(root.groups) - 1)
         module.set_custom_all_gather(root.gathers[module])
         module.set_custom_reduce_scatter(root.hops_1[module])
         module.set_gradient_divide_factor(1.0)  # hop 1 divides, once its sum has come
         module.set_force_sum_reduction_for_comms(True)
-
-
-def _reshard_blocks_after_forward(blocks: Sequence[Block], rung: Rung) -> None:
-    for block in blocks:
-        block.module.set_reshard_after_forward(rung.parameters == Parameters.BLOCK, recurse=False)  # type: ignore[operator]
 
 
 def _gathering(root: MiCSModule) -> dict[str, Any]:
@@ -384,6 +387,12 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
         Bucket(name or OUTSIDE, _parameters_at(slots[name]), index, root.hops_1.get(gathering[name]))
         for index, name in [*reversed(blocks), (None, "")]
     ]
+    root.residency = Residency(
+        [block.module for block in root.blocks],
+        root,
+        {module: _parameters_at(slots[name]) for name, module in gathering.items()},
+        stay=blocks_whole(root.groups) if root.groups.gather is not None else 0,
+    )
     dtypes = {p.dtype for bucket in buckets for p in bucket.parameters if p.requires_grad} or {torch.float32}
     widest = functools.reduce(torch.promote_types, dtypes)
     root.window = Window(
@@ -392,8 +401,7 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
         root.wire.hop_2,
         root.order,
         Usage({module: slots[name] for name, module in gathering.items()}),
-        on_rung=functools.partial(_reshard_blocks_after_forward, root.blocks),
-        reshard_after_backward=root.set_reshard_after_backward,  # type: ignore[arg-type]
+        root.residency,
         sum_dtype=root.precision.sum_dtype(widest),
     )
 

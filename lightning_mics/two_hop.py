@@ -29,8 +29,9 @@ from lightning_mics.channels import Transfer
 from lightning_mics.climb import Climb
 from lightning_mics.comms import HopOne, padded_numel
 from lightning_mics.groups import Groups
-from lightning_mics.ladder import Gradients, Parameters, Rung
+from lightning_mics.ladder import Gradients, Rung
 from lightning_mics.optimizer_shards import Mean, OptimizerShards
+from lightning_mics.residency import Residency
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Traffic
 
@@ -70,8 +71,7 @@ class Window:
         hop_2: None where there is one replica, and no hop 2.
         order: tells how often a block was called, and hence when its gradient is complete.
         usage: tells which parameters got a gradient on this rank.
-        on_rung: tells the engine when the rung changes.
-        reshard_after_backward: tells the engine whether parameters are to be freed behind the coming backward.
+        residency: tells the engine what to free behind each forward and backward.
         sum_dtype: the window's sums are kept in this dtype where the parameter's own is narrower.
     """
 
@@ -82,9 +82,7 @@ class Window:
         hop_2: Traffic | None,
         order: BlockOrder,
         usage: Usage,
-        *,
-        on_rung: Callable[[Rung], None],
-        reshard_after_backward: Callable[[bool], None],
+        residency: Residency,
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.buckets = tuple(buckets)
@@ -106,8 +104,7 @@ class Window:
         """Chooses another rung between windows, if anything does."""
         self.optimizer_shards: OptimizerShards | None = None
         """The pieces that the optimizer steps, where these are less than the shards."""
-        self._on_rung = on_rung
-        self._reshard_after_backward = reshard_after_backward
+        self._residency = residency
         self._sum_dtype = sum_dtype
         self._key: object = None
         self._micro_steps = 0
@@ -145,7 +142,7 @@ class Window:
         """Go on from another rung. Between windows only."""
         if rung != self.rung:
             self.rung = rung
-            self._on_rung(rung)
+            self._residency.take(rung)
 
     @contextmanager
     def hop_1_only(self) -> Iterator[None]:
@@ -164,8 +161,7 @@ class Window:
         boundary = not self._hop_1_only
         if self.optimizer_shards is not None:
             self.optimizer_shards.hold()
-        if self.rung.parameters == Parameters.WINDOW:
-            self._reshard_after_backward(boundary or not self.one_backward)
+        self._residency.backward_begins(boundary)
         for hop_1 in self._hops_1:
             hop_1.holds = self.rung.gradients == Gradients.WHOLE and not boundary and self.one_backward
         self._complete = False
@@ -179,6 +175,8 @@ class Window:
         if boundary:
             self._synchronize()
         self._finish_hop_1()
+        if self.one_backward:
+            self._residency.show_shards()
 
     def close(self) -> None:
         """Before the optimizer's step: hop 2 on all that lacks it, and gradients in their parameters' dtype.

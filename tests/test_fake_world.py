@@ -20,7 +20,7 @@ from lightning_mics.ladder import RUNGS, Gradients, Rung
 from lightning_mics.sharding import shard
 from lightning_mics.topology import Topology
 from tests.distributed.counting import Call, collectives
-from tests.distributed.test_wire import LAYERS, gpt, numels, traffic, window_of_calls
+from tests.distributed.test_wire import LAYERS, gathers_of_step, gpt, numels, traffic, window_of_calls
 
 WORLD, PER_NODE = 512, 8
 
@@ -111,8 +111,8 @@ def test_traffic_of_512_ranks(rank: int, partition_size: int, rung: Rung) -> Non
     block, outside = slots_of(partition_size)
     slots = [block] * LAYERS + [outside]
     for number, calls in enumerate(window_of_calls(root, window)):
-        first, boundary = number == 0, number == window - 1
-        times = [2] * LAYERS + [1] if rung == RUNGS[0] else [int(first)] * (LAYERS + 1)
+        boundary = number == window - 1
+        times = gathers_of_step(rung, number, partition_size > PER_NODE)
         gathers = [partition.gather(slot) for slot in slots]
         reductions = [partition.reduce_scatter(slot) for slot in slots]
         averages = [replicas.all_reduce(numel) for numel in (*slots, usage)]

@@ -37,19 +37,41 @@ def test_a_rung_that_is_none_is_refused(name: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "gathers_of_1", "gathers_of_4"),
+    ("parameters", "whole", "of_1", "of_4", "outside"),
     [
-        (Parameters.BLOCK, (2, 1), (8, 4)),  # a block for forward and for backward, what lies outside once for both
-        (Parameters.MICRO_STEP, (1, 1), (4, 4)),
-        (Parameters.WINDOW, (1, 1), (1, 1)),
+        # For each forward and each backward; but the first stay from backward to forward, the last the other way.
+        (Parameters.BLOCK, 2, [2, 2, 2, 1, 1], [5, 5, 8, 4, 4], 4),
+        (Parameters.BLOCK, 3, [2, 2, 1, 1, 1], [5, 5, 1, 4, 4], 4),
+        (Parameters.BLOCK, 6, [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], 4),
+        (Parameters.MICRO_STEP, 2, [1, 1, 1, 1, 1], [1, 1, 4, 4, 4], 4),
+        (Parameters.WINDOW, 2, [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], 1),
     ],
 )
 def test_gathers_of_a_window(
-    parameters: Parameters, gathers_of_1: tuple[int, int], gathers_of_4: tuple[int, int]
+    parameters: Parameters, whole: int, of_1: list[int], of_4: list[int], outside: int
 ) -> None:
     for gradients in Gradients:
         rung = Rung(parameters, gradients)
-        assert (rung.gathers(1), rung.gathers(4)) == (gathers_of_1, gathers_of_4)
+        assert [[rung.gathers(window, index, 5, whole) for index in range(5)] for window in (1, 4)] == [of_1, of_4]
+        assert (rung.gathers_outside(1), rung.gathers_outside(4)) == (1, outside)
+
+
+@pytest.mark.parametrize(("blocks", "whole"), [(1, 2), (4, 2), (4, 3), (9, 3), (9, 1)])
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_no_order_of_freeing_gathers_less(blocks: int, whole: int, window: int) -> None:
+    """Held against the best that can be: of all that is whole, free what is needed last (Belady)."""
+    sweep = [*range(blocks), *reversed(range(blocks))]
+    needed = sweep * window
+    held: set[int] = set()
+    gathers = 0
+    for moment, block in enumerate(needed):
+        if block not in held:
+            gathers += 1
+            if len(held) == whole:
+                rest = needed[moment:]
+                held.remove(max(held, key=lambda each: rest.index(each) if each in rest else len(rest)))
+            held.add(block)
+    assert sum(Rung().gathers(window, index, blocks, whole) for index in range(blocks)) == gathers
 
 
 def test_reduce_scatters_of_a_window() -> None:

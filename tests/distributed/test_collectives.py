@@ -139,7 +139,13 @@ def go_through(cases: dict[Check, list[Case]]) -> dict[Check, list[str]]:
 @functools.cache
 def found_wrong() -> dict[Check, list[str]]:
     """What each check found, on any rank; all of them in one set of processes."""
-    cases_of = {_gathered: cases([*FLOATS, torch.uint8]), _scattered: cases(FLOATS), _all_reduced: cases(FLOATS)}
+    anything = cases([*FLOATS, torch.uint8])
+    cases_of = {
+        _gathered: anything,
+        _gathered_two_at_once: anything,
+        _scattered: cases(FLOATS),
+        _all_reduced: cases(FLOATS),
+    }
     results = run_ranks(9, go_through, {check: drawn(each) for check, each in cases_of.items()})
     return {check: [problem for result in results for problem in result[check]] for check in cases_of}
 
@@ -149,18 +155,45 @@ def found_wrong() -> dict[Check, list[str]]:
 
 def _gathered(case: Case, form: type[Collectives], tiers: Tiers) -> str | None:
     """The twin's result; where values crossed between nodes in fewer bits, those of other nodes are rounded to them."""
-    own = case.values(tiers.rank, case.numel)
-    ours, twin = (torch.full((case.size * case.numel,), 77).to(case.dtype) for _ in range(2))
-    for buffer in (ours, twin):
-        buffer[tiers.rank * case.numel : (tiers.rank + 1) * case.numel] = own
+    ours, twin = _to_gather(case, tiers), _to_gather(case, tiers)
     case.form(form, tiers).all_gather(ours)
+    return None if torch.equal(ours, _as_gathered(case, tiers, twin)) else f"{ours} for {twin}"
+
+
+def _gathered_two_at_once(case: Case, form: type[Collectives], tiers: Tiers) -> str | None:
+    """Ranks may be early or late: some begin the second gather while the first is under way, some after it."""
+
+    def backwards(buffer: Tensor) -> Tensor:
+        return buffer.view(case.size, -1).flip(1).reshape(-1)
+
+    first, second = _to_gather(case, tiers), backwards(_to_gather(case, tiers))
+    gather = case.form(form, tiers)
+    if tiers.rank % 2:
+        gather.all_gather(first)
+        gather.all_gather(second)
+    else:
+        ends = [gather.begin_all_gather(first), gather.begin_all_gather(second)]
+        for end in ends:
+            end()
+    twin = _as_gathered(case, tiers, _to_gather(case, tiers))
+    right = torch.equal(first, twin) and torch.equal(second, backwards(twin))
+    return None if right else f"{first} and {second} for {twin} and its reverse"
+
+
+def _to_gather(case: Case, tiers: Tiers) -> Tensor:
+    buffer = torch.full((case.size * case.numel,), 77).to(case.dtype)
+    buffer[tiers.rank * case.numel : (tiers.rank + 1) * case.numel] = case.values(tiers.rank, case.numel)
+    return buffer
+
+
+def _as_gathered(case: Case, tiers: Tiers, twin: Tensor) -> Tensor:
     flat_all_gather(twin, tiers)
     if case.narrow and case.dtype == torch.float32:
         by_node = twin.view(case.shape[0], -1)
         rounded = by_node.bfloat16().float()
         rounded[tiers.node] = by_node[tiers.node]
         twin = rounded.view(-1)
-    return None if torch.equal(ours, twin) else f"{ours} for {twin}"
+    return twin
 
 
 def rounding(case: Case, form: type[Collectives], tiers: Tiers, *, all_reduce: bool) -> float:
@@ -226,6 +259,10 @@ def _all_reduced(case: Case, form: type[Collectives], tiers: Tiers) -> str | Non
 
 def test_a_gather_is_the_twins_bit_for_bit() -> None:
     assert found_wrong()[_gathered] == []
+
+
+def test_a_gather_may_begin_while_another_is_under_way() -> None:
+    assert found_wrong()[_gathered_two_at_once] == []
 
 
 def test_a_reduce_scatter_is_the_twins_but_for_rounding() -> None:

@@ -370,7 +370,9 @@ def test_bytes_on_the_wire(partition_size: int) -> None:
     window, p, r = 4, partition_size, 4 // partition_size
     block = 4 * 16 + (16 * 48 + 48) + (16 * 16 + 16) + (16 * 64 + 64) + (64 * 16 + 16)
     outside = (64 + 8) * 16 + 2 * 16
-    gather = 4 * window * (2 * 3 * block + outside) * (p - 1) // p
+    # Two of three blocks stay at each of the seven turns between forwards and backwards.
+    blocks = 2 * window * 3 - 2 * (2 * window - 1)
+    gather = 4 * (blocks * block + window * outside) * (p - 1) // p
     hop_1 = 4 * window * (3 * block + outside) * (p - 1) // p
     hop_2 = 4 * 2 * (r - 1) * (3 * block + outside) // (p * r)
     for described, told in run_ranks(4, _bytes, partition_size, window):

@@ -27,7 +27,7 @@ from lightning_mics.topology import Topology
 from tests.distributed.counting import Call, collectives
 from tests.distributed.ranks import run_ranks
 
-LAYERS, VOCAB, SEQ, WINDOW = 3, 64, 8, 4
+LAYERS, VOCAB, SEQ, WINDOW = 5, 64, 8, 4
 
 Steps = list[list[Call]]
 Sent = Counter[int]
@@ -127,21 +127,37 @@ def partition_and_replicas(topology: Topology, two_tiers: bool, rank: int) -> tu
     return (partition, replicas) if two_tiers else ((sum(partition, ()),), (sum(replicas, ()),))
 
 
+def gathers_of_step(rung: Rung, step: int, spans_nodes: bool) -> list[int]:
+    """How often a micro-step gathers each layer, and what lies outside: each forward and each backward does.
+
+    But two layers, or three over several nodes, are whole at a time: the last stay from forward to backward, the first
+    from backward to forward.
+    """
+    whole, first = 3 if spans_nodes else 2, step == 0
+    match rung.parameters:
+        case Parameters.BLOCK:
+            layers = [int(first or i >= whole) + (i < LAYERS - whole) for i in range(LAYERS)]
+        case Parameters.MICRO_STEP:
+            layers = [int(first or i >= whole) for i in range(LAYERS)]
+        case Parameters.WINDOW:
+            layers = [int(first)] * LAYERS
+    return [*layers, int(first or rung.parameters != Parameters.WINDOW)]
+
+
 def sends_of_step(
     topology: Topology, two_tiers: bool, rank: int, rung: Rung, step: int, window: int
 ) -> dict[str, Sent]:
     """What `rank` sends for each kind of traffic in a micro-step, by the table of `Rung` and the formulas above."""
     p, r = topology.partition_size, topology.replicas
     partition, replicas = partition_and_replicas(topology, two_tiers, rank)
-    first, boundary = step == 0, step == window - 1
-    gathers = {Parameters.BLOCK: (2, 1), Parameters.MICRO_STEP: (1, 1), Parameters.WINDOW: (first, first)}
+    boundary = step == window - 1
     reductions = boundary or rung.gradients == Gradients.SHARDED
     block, outside, usage = numels()
     sent = {"gather": Sent(), "hop 1": Sent(), "hop 2": Sent()}
-    of_block, of_outside = gathers[rung.parameters]
-    for numel, in_window in [(block, of_block)] * LAYERS + [(outside, of_outside)]:
+    spans_nodes = p > topology.ranks_per_node
+    for numel, gathers in zip([block] * LAYERS + [outside], gathers_of_step(rung, step, spans_nodes), strict=True):
         slots = dict.fromkeys(sum(partition, ()), numel // p)
-        sent["gather"] += times(gather_sends(partition, rank, slots), in_window)
+        sent["gather"] += times(gather_sends(partition, rank, slots), gathers)
         sent["hop 1"] += times(reduce_sends(partition, rank, slots), reductions)
         sent["hop 2"] += times(all_reduce_sends(replicas, rank, numel // p), boundary and r > 1)
     sent["hop 2"] += times(all_reduce_sends(replicas, rank, usage), boundary and r > 1)  # who used what
@@ -277,7 +293,7 @@ def test_16_bits_between_nodes(partition_size: int) -> None:
             assert sent == {("hop 2", False, fp32): 4 * (slot + inside), ("hop 2", True, bf16): slot + 2 * crossing}
             assert (told.hop_2, told.inter_node) == (5 * slot, slot)
         else:
-            gathers = 2 * LAYERS * block + outside  # in elements, and so bytes of slots of a quarter
+            gathers = (2 * LAYERS - 3) * block + outside  # in elements, and so bytes of slots of a quarter
             assert sent == {
                 ("gather", False, fp32): 2 * gathers,
                 ("gather", True, bf16): gathers // 2,
@@ -335,21 +351,21 @@ class Asking(nn.Module):
 
 
 class Chain(nn.Module):
-    """Four blocks between two layers outside; where it is told to, it ends after the first block, without an output."""
+    """Six blocks between two layers outside; where it is told to, it ends after the second block, without an output."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.enter = nn.Linear(8, 8)
-        self.layers = nn.ModuleList(Asking() for _ in range(4))
+        self.layers = nn.ModuleList(Asking() for _ in range(6))
         self.leave = nn.Linear(8, 8)
         self.stops = False
 
     def forward(self, x: Tensor) -> Tensor | None:
         x = self.enter(x)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             x = layer(x)
-            if self.stops:
+            if self.stops and index == 1:
                 return None
         return self.leave(x)
 
@@ -391,10 +407,9 @@ def _begun_ahead() -> tuple[list[str], list[str], list[str]]:
 
 def test_a_gather_is_begun_before_the_block_ahead_computes() -> None:
     for forward, backward, evaluation in run_ranks(4, _begun_ahead):
-        assert (
-            forward == evaluation == [f"layers.{index}" for index in (0, 1, 2, 3)]
-        )  # the first while what lies outside the blocks computes
-        assert backward == [f"layers.{index}" for index in (2, 1, 0)]
+        in_order = [f"layers.{index}" for index in range(6)]  # the first while what lies outside the blocks computes
+        assert forward == evaluation == in_order
+        assert backward == in_order[2::-1]  # the last three have stayed
 
 
 def _stopped_early(rung: Rung) -> tuple[bool, float, float]:
@@ -406,7 +421,7 @@ def _stopped_early(rung: Rung) -> tuple[bool, float, float]:
     """
     root, x = chain(rung), torch.ones(2, 8)
     optimizer = torch.optim.SGD(root.parameters(), lr=1.0)
-    second = root.module.layers[1]
+    fourth = root.module.layers[3]
     root.window.begin(0)
     with root.window.hop_1_only():
         loss = root(x).sum()
@@ -415,11 +430,11 @@ def _stopped_early(rung: Rung) -> tuple[bool, float, float]:
     root.module.stops = True
     assert root(x) is None
     root.module.stops = False
-    under_way = root.gathers[second].prefetched
+    under_way = root.gathers[fourth].prefetched
     root.window.close()
     optimizer.step()
     root.release()
-    moved = second.linear.bias.grad.full_tensor()
+    moved = fourth.linear.bias.grad.full_tensor()
     whole = Chain()
     whole.load_state_dict({name: p.detach().full_tensor() for name, p in root.module.named_parameters()})
     with torch.no_grad():
@@ -467,15 +482,17 @@ def _kept_on_each_rung() -> list[tuple[list[int], int, bool]]:
 
 
 def test_what_stays_in_memory_between_micro_steps_and_after_the_window() -> None:
-    """Six layers of 8 x 8 + 8 values of four bytes: a quarter in gradients' shards, and whole what the rung says.
+    """Eight layers of 8 x 8 + 8 values of four bytes: a quarter in gradients' shards, and whole what the rung says.
 
-    At the boundary all that was whole is freed behind the backward. Who used what stays until the next window begins.
+    Three of six blocks stay whole inside a window in any case. At the boundary all that was whole is freed behind the
+    backward. Who used what stays until the next window begins.
     """
-    model, usage = 4 * 6 * (8 * 8 + 8), 4 * (6 * 2 + 1)
+    model, usage = 4 * 8 * (8 * 8 + 8), 4 * (8 * 2 + 1)
     for results in run_ranks(4, _kept_on_each_rung):
         for rung, (kept, gradients, sharded) in zip(RUNGS, results, strict=True):
-            whole = (rung.parameters == Parameters.WINDOW) + (rung.gradients == Gradients.WHOLE)
-            between, after = gradients + model * whole, gradients + usage
+            parameters = model if rung.parameters == Parameters.WINDOW else model * 3 // 8
+            sums = model if rung.gradients == Gradients.WHOLE else 0
+            between, after = gradients + parameters + sums, gradients + usage
             assert kept == [between, between, after, after], rung
             assert gradients == model // 4
             assert sharded
