@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_mics.collectives import Sent
+from lightning_mics.collectives import Collectives, Sent
 from lightning_mics.comms import blocks_whole, padded_numel
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import ModelBytes, Rung, Whole
+from lightning_mics.optimizer_shards import OptimizerShards, room
 from lightning_mics.precision import Precision
 from lightning_mics.two_hop import Bucket
 from lightning_mics.wire import Wire
@@ -23,7 +24,7 @@ class WireBytes:
     Attributes:
         gather: all-gathers in the partition group, of all micro-steps.
         hop_1: reduce-scatters in the partition group, of all micro-steps.
-        hop_2: the all-reduce over the replication group.
+        hop_2: the all-reduce over the replication group, or its two halves before and after the optimizer's step.
         inter_node: the part of all three that leaves the node.
     """
 
@@ -47,12 +48,14 @@ class Account:
         wire: how they travel.
         groups: among whom.
         precision: in what dtypes.
+        optimizer_shards: the pieces that the optimizer steps, where these are less than the shards.
     """
 
     buckets: Sequence[Bucket]
     wire: Wire
     groups: Groups
     precision: Precision
+    optimizer_shards: OptimizerShards | None = None
 
     def sent(self, rung: Rung, window: int) -> WireBytes:
         """What one rank sends in an optimizer step of `window` micro-steps.
@@ -73,12 +76,23 @@ class Account:
             if self.wire.hop_1 is not None and bucket.trainable:
                 hop_1 += self.wire.hop_1.collectives.sent(*self._summed(bucket)) * rung.reduce_scatters(window)
             if self.wire.hop_2 is not None and bucket.trainable:
-                shard, dtype = self._summed(bucket)
-                dtype = torch.promote_types(dtype, bucket.trainable[0].dtype)
-                slot = shard / self.groups.topology.replicas
-                hop_2 += self.wire.hop_2.collectives.sent(slot, dtype, narrow=True) * 2
+                hop_2 += self._hop_2(bucket, self.wire.hop_2.collectives)
         inter_node = gather.inter_node + hop_1.inter_node + hop_2.inter_node
         return WireBytes(int(gather.total), int(hop_1.total), int(hop_2.total), int(inter_node))
+
+    def _hop_2(self, bucket: Bucket, collectives: Collectives) -> Sent:
+        """Of a bucket: the all-reduce of what is averaged whole, and both halves for pieces."""
+        own, p = bucket.trainable[0].dtype, self.groups.topology.partition_size
+        sums = torch.promote_types(self.precision.sum_dtype(own), own)
+        whole, pieces = 0, 0
+        for param in bucket.trainable:
+            if self.optimizer_shards is not None and self.optimizer_shards.holds(param):
+                pieces += room(param, self.groups)
+            else:
+                whole += padded_numel(param, p)
+        sent = collectives.sent(whole / self.groups.topology.replicas, sums, narrow=True) * 2
+        exact = collectives.exact()
+        return sent + exact.sent(pieces, sums) + exact.sent(pieces, own)
 
     def held(self) -> ModelBytes:
         """What a rank holds of the model, on whatever rung."""

@@ -39,6 +39,8 @@ class BlockOrder:
         """How often each block ran in the current forward, passes included."""
         self.pass_skipped = False
         """Whether skipped blocks are passed through; for models whose forward is one pass over the blocks."""
+        self.before_call: Callable[[int], None] = lambda index: None
+        """Called with a block's index before the engine looks at its parameters for a forward."""
         self._next = 0
         self.inside = False
         """Whether the root's forward is running."""
@@ -72,6 +74,7 @@ class BlockOrder:
                 args, kwargs = self._pass_up_to(index, (args, kwargs))
             self._next = max(self._next, index + 1)
             self.calls[index] += 1
+            self.before_call(index)
             return args, kwargs
 
         return hook
@@ -86,6 +89,7 @@ class BlockOrder:
             if not carriers and torch.is_grad_enabled():
                 break  # a training step without a loss: there will be no backward to keep in step with
             passed = [leaves[i] for i in carriers] or [torch.zeros(())]
+            self.before_call(index)
             outputs = self._blocks[index].pass_through(*passed)  # type: ignore[operator]
             for i, tensor in zip(carriers, outputs, strict=False):
                 leaves[i] = tensor

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, zip_longest
@@ -71,6 +72,12 @@ class Collectives(ABC):
         self._flat = tiers.flat()
         self._network = network
         self._between_nodes = between_nodes
+
+    def exact(self) -> Collectives:
+        """The same, with nothing rounded between nodes."""
+        exact = copy(self)  # messages are numbered together
+        exact._between_nodes = None
+        return exact
 
     def tiers_for(self, slot_bytes: int) -> Tiers:
         """Both tiers, or all ranks as one where that takes less time for slots of `slot_bytes` bytes."""

@@ -106,6 +106,17 @@ class Groups:
         """The process group of the ranks that hold this rank's shard; None where r is 1."""
         return None if self.hop_2 is None else self.hop_2.everyone
 
+    @cached_property
+    def world_mesh(self) -> DeviceMesh:
+        """Two-dimensional mesh ("shard", "replica") of all ranks, on the process groups that there are; r > 1."""
+        assert self.replication_group is not None
+        return DeviceMesh.from_group(
+            [self.partition_group, self.replication_group],
+            self.partition_mesh.device_type,
+            mesh=torch.tensor(self.topology.replication_groups),
+            mesh_dim_names=("shard", "replica"),
+        )
+
     @classmethod
     def create(cls, topology: Topology, device_type: str, timeout: timedelta | None = None) -> Groups:
         """Make the groups. Collective: every rank of the default process group calls it with the same topology.

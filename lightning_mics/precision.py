@@ -16,7 +16,9 @@ class Precision:
             optimizer updates keep their own. None: the parameters' own.
         reduce_dtype: hop 1 and the window's sums. None: fp32, or the parameters' own where that is wider.
         between_nodes: gathers and hop 2 cross between nodes in this dtype where theirs is wider, and go on inside a
-            node as they are. Sums stay in `reduce_dtype`. None: no rounding.
+            node as they are. Sums stay in `reduce_dtype`. Hop 2 of an optimizer that is sharded over all ranks is not
+            rounded: what it gathers are the parameters themselves, in which replicas must not differ. None: no
+            rounding.
     """
 
     param_dtype: torch.dtype | None = None

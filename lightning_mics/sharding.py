@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mics._compat import in_backward, reduce_unused_params, reset_iter_state
@@ -29,6 +30,7 @@ from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, ModelBytes, Rung
 from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
 from lightning_mics.network import Network
+from lightning_mics.optimizer_shards import OptimizerShards, check_optimizer
 from lightning_mics.precision import Precision
 from lightning_mics.residency import Residency
 from lightning_mics.two_hop import Bucket, Window
@@ -59,6 +61,7 @@ class MiCSModule(nn.Module):
         self.residency: Residency
         self.window: Window
         self.order: BlockOrder
+        self._ahead: dict[int | None, Sequence[int]] = {}  # blocks whose gathers begin with a block's, or the root's
         self._has_run = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +69,7 @@ class MiCSModule(nn.Module):
 
         What is gathered in inference mode could not be trained on afterwards, and the engine keeps the memory for it.
         """
+        self._await_updates(None)
         try:
             if torch.is_inference_mode_enabled():
                 with torch.inference_mode(mode=False), torch.no_grad():
@@ -122,9 +126,73 @@ class MiCSModule(nn.Module):
         blocks = [block.module for block in self.blocks]
         ahead = blocks_whole(self.groups) - 1 if enable else 0
         for index, module in enumerate([self, *blocks]):
-            module.set_modules_to_forward_prefetch(blocks[index : index + ahead])  # type: ignore[operator]
+            following = self._ahead[index - 1 if index else None] = range(index, min(index + ahead, len(blocks)))
+            module.set_modules_to_forward_prefetch([blocks[i] for i in following])  # type: ignore[operator]
             before = blocks[max(0, index - 1 - ahead) : max(0, index - 1)]
             module.set_modules_to_backward_prefetch(before[::-1])  # type: ignore[operator]
+
+    # -- optimizer state over all ranks ------------------------------------------------------------------------------
+
+    def shard_optimizer(self, optimizer: Optimizer) -> None:
+        """Shard an optimizer's state over all ranks, and its step with it, instead of over the partition group.
+
+        The parameters in its groups are replaced by this rank's pieces of them, in place; schedulers go on with the
+        same groups. From then on hop 2 leaves mean gradients with the pieces, and the parameters' own `.grad` is None
+        when the window closes. The optimizer's step begins to gather what the replicas have updated, on the channel of
+        hop 2; a forward of this module awaits what it reads, block by block. Whoever reads or writes parameters
+        otherwise calls `finish_updates` first; state dicts do so by themselves. With one replica nothing changes.
+
+        No communication. To be called alike on all ranks, before the optimizer's first step; each call replaces the
+        optimizer of the one before.
+
+        Args:
+            optimizer: of this module's parameters. One that treats elements alike (AdamW, SGD, ...) steps as it would
+                on whole shards; others see DTensors of the parameters' shape.
+
+        Raises:
+            ValueError: for an optimizer that runs several forwards in a step, or was sharded before, and where
+                micro-steps are not known to be one forward and one backward (`one_backward`).
+        """
+        check_optimizer(optimizer)
+        if not self.one_backward:
+            raise ValueError(
+                "an optimizer that is sharded over all ranks cannot clear gradients in the midst of a window, which "
+                "manual optimization may ask of it; set one_backward=True where each micro-step is one forward and one "
+                "backward, or leave the optimizer as it is"
+            )
+        self.finish_updates()
+        if self.wire.hop_2 is not None:
+            self.window.optimizer_shards = OptimizerShards(
+                self.groups, self.wire.hop_2, optimizer, self.parameters(), self.window.begin_updates
+            )
+
+    def forget_optimizer(self) -> None:
+        """Go on with optimizers of whole shards."""
+        self.finish_updates()
+        self.window.optimizer_shards = None
+
+    def finish_updates(self) -> None:
+        """Return when the shards hold all that the optimizer's last step has changed on any replica.
+
+        Raises:
+            CollectiveError: if it cannot be had.
+        """
+        if self.window.optimizer_shards is not None:
+            self.window.optimizer_shards.finish_all()
+
+    def _await_updates(self, block: int | None) -> None:
+        """Before the forward of a block, or of the root: what is read when it begins is there."""
+        shards = self.window.optimizer_shards
+        if shards is None:
+            return
+        if block is None:
+            shards.forward_begins()
+            if self.groups.device.type != "cpu":
+                # Streams: the engine's gathers wait for the current stream in the root's forward only, and the current
+                # stream waits for the updates, not the host.
+                shards.finish_all()
+        for each in (block, *self._ahead.get(block, ())):
+            shards.finish(each)
 
     def as_output(self, loss: Callable[[], Tensor]) -> Tensor:
         """The loss to call backward on when that happens inside the module's own forward (manual optimization).
@@ -146,6 +214,8 @@ class MiCSModule(nn.Module):
     def abort(self) -> None:
         """After an exception in a forward or a backward: forget the window and whatever was under way."""
         self.window.drop()
+        if self.window.optimizer_shards is not None:
+            self.window.optimizer_shards.abort()
         for gather in self.gathers.values():
             gather.abandon()
         for param in self.parameters():
@@ -170,7 +240,7 @@ class MiCSModule(nn.Module):
         return self._account().held()
 
     def _account(self) -> Account:
-        return Account(self.window.buckets, self.wire, self.groups, self.precision)
+        return Account(self.window.buckets, self.wire, self.groups, self.precision, self.window.optimizer_shards)
 
     def describe(self) -> str:
         """The choice of blocks, for people."""
@@ -251,6 +321,7 @@ def shard(
     root.wire = Wire.create(groups, network, precision.between_nodes)
     _install_comms(root)
     _install_window(root, slots)
+    _finish_updates_before_state_dicts(root)
     root.set_rung(rung, memory_budget)
     return root
 
@@ -309,6 +380,7 @@ def _gathering(root: MiCSModule) -> dict[str, Any]:
 
 def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
     root.order = BlockOrder(root.blocks)
+    root.order.before_call = root._await_updates
     gathering = _gathering(root)
     blocks = [(index, block.name) for index, block in enumerate(root.blocks)]
     buckets = [
@@ -332,6 +404,15 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
         root.residency,
         sum_dtype=root.precision.sum_dtype(widest),
     )
+
+
+def _finish_updates_before_state_dicts(root: MiCSModule) -> None:
+    def finish(*_: Any) -> None:
+        root.finish_updates()
+
+    for module in root.module.modules():
+        module.register_state_dict_pre_hook(finish)
+        module.register_load_state_dict_pre_hook(finish)
 
 
 # -- who owns which parameter ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ under DDP. `lightning.pytorch` and `pytorch_lightning` are two trees of classes;
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -21,7 +21,7 @@ import pytorch_lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -39,6 +39,7 @@ from lightning_mics.climb import Budget
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
+from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
@@ -52,6 +53,24 @@ _MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 _SHARDED = "_mics_module"
 # Lightning's callbacks that copy parameters whole, in either tree of classes.
 _WHOLE_COPIES = ("StochasticWeightAveraging", "WeightAveraging")
+# Where a module or a callback may read parameters after an optimizer step and before the next forward.
+_BETWEEN_STEP_AND_FORWARD = (
+    "optimizer_step",
+    "lr_scheduler_step",
+    "on_train_batch_end",
+    "on_train_epoch_end",
+    "on_train_end",
+    "on_validation_model_zero_grad",
+    "on_validation_model_eval",
+    "on_validation_start",
+    "on_train_epoch_start",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "on_train_batch_start",
+)
+# Where they may look at gradients that hop 2 has left with the optimizer.
+_BETWEEN_BACKWARD_AND_STEP = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 _AVERAGES = ("mean", "avg")
 _REDUCE_OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -77,18 +96,29 @@ class MiCSStrategyMixin(_Base):
             under "16-mixed" and "bf16-mixed" (shards stay fp32), otherwise the parameters' own.
         reduce_dtype: dtype of hop 1 and of the window's sums. By default fp32, or wider where the parameters are.
         between_nodes: parameters and hop 2 cross between nodes in this dtype, as `torch.bfloat16`, where theirs is
-            wider; inside a node they stay as they are. By default nothing is rounded.
+            wider; inside a node they stay as they are. By default nothing is rounded. Hop 2 is never rounded where
+            `optimizer_state` is "world".
         rung: what stays whole in memory instead of being moved again, "<parameters>/<gradients>": parameters for a
             `block`, a `micro_step` or the `window`; gradients `sharded`, or `whole` until the boundary. "auto" takes
             the fastest that fits `memory_budget`, from the second window on.
         memory_budget: for "auto": bytes (an int), or a share of the device's memory (a float); on CPU, of an equal part
             of the node's.
+        optimizer_state: "partition" shards the optimizer over the partition group, as parameters are. "world" shards it
+            over all ranks: hop 2 becomes a reduce-scatter, each rank steps 1/n of the parameters, and gathers the rest
+            of its shard behind the next forward; as many bytes, an r-th of the optimizer's memory, and the same
+            checkpoints. Automatic optimization only. Inside a window gradients are with the module's parameters; after
+            the backward that ends it, with those in `optimizer.param_groups`, and the module's own are None. A hook
+            that drops gradients calls `trainer.strategy.mics.window.drop()`, which knows where they are. Hooks of yours
+            that run between a step and the next forward find parameters complete, at the price of waiting for them; a
+            `training_step` that reads a block's parameters outside that block's forward calls
+            `trainer.strategy.mics.finish_updates()` first.
         network: what the cluster's two tiers can do, from `mics probe`: the path of its file, or a `Network`.
         process_group_backend: "nccl", "gloo", ...; by default that of the device.
         timeout: of the process groups. By default torch's.
 
     Raises:
-        ValueError: for a `partition_size` that does not fit the cluster, on every rank before any collective.
+        ValueError: for a `partition_size` that does not fit the cluster, on every rank before any collective; for
+            `optimizer_state="world"` with manual optimization or LBFGS, when the Trainer starts.
         TypeError: for a `compile` that is none of the above.
     """
 
@@ -108,6 +138,7 @@ class MiCSStrategyMixin(_Base):
         between_nodes: torch.dtype | None = None,
         rung: Rung | str = "block/sharded",
         memory_budget: int | float = 0.9,
+        optimizer_state: OptimizerState | str = OptimizerState.PARTITION,
         network: Network | str | Path | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
@@ -123,6 +154,8 @@ class MiCSStrategyMixin(_Base):
         self._precision = Precision(param_dtype, reduce_dtype, between_nodes)
         self._rung = rung if rung == AUTO else Rung.parse(rung)
         self._memory_budget = Budget(memory_budget).amount
+        self._optimizer_state = OptimizerState.parse(optimizer_state)
+        self._hooks_may_read = False
         self._network = Network.load(network) if isinstance(network, str | Path) else network
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -227,6 +260,13 @@ class MiCSStrategyMixin(_Base):
                     f"{type(callback).__name__} averages copies of whole parameters and cannot average shards; leave "
                     'it out, or train with strategy="ddp"'
                 )
+        assert self.lightning_module is not None
+        fits, manual = trainer.state.fn == "fit", not self.lightning_module.automatic_optimization
+        if fits and manual and self._optimizer_state == OptimizerState.WORLD:
+            raise ValueError(
+                'optimizer_state="world" needs automatic optimization: under manual optimization nobody tells when a '
+                'window begins, and gradients in the midst of one could not be cleared; choose "partition"'
+            )
         super().setup(trainer)
 
     @override
@@ -252,6 +292,7 @@ class MiCSStrategyMixin(_Base):
             model.__dict__[_SHARDED] = sharded
         else:
             _check_sharded_alike(sharded, self._groups.topology, precision)
+        sharded.forget_optimizer()
         sharded.window.drop()
         sharded.release()
         sharded.set_rung(self._rung, self._memory_budget)
@@ -266,6 +307,15 @@ class MiCSStrategyMixin(_Base):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self._rng = TrainingRng()
         super().setup_optimizers(trainer)
+        if self._optimizer_state == OptimizerState.WORLD:
+            for optimizer in self.optimizers:  # one, as optimization is automatic
+                self.mics.shard_optimizer(optimizer)
+            self._hooks_may_read = bool(_users_hooks(trainer, _BETWEEN_STEP_AND_FORWARD))
+            if watching := _users_hooks(trainer, _BETWEEN_BACKWARD_AND_STEP):
+                rank_zero_warn(
+                    f'optimizer_state="world": when a window ends, {", ".join(watching)} will find gradients in '
+                    "pieces, with what optimizer.param_groups holds; the module's own parameters have none then"
+                )
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 
@@ -316,6 +366,8 @@ class MiCSStrategyMixin(_Base):
             return result
 
         output = super().optimizer_step(optimizer, closing, model, **kwargs)
+        if self._hooks_may_read:
+            self.mics.finish_updates()
         self.mics.release()
         return output
 
@@ -325,8 +377,13 @@ class MiCSStrategyMixin(_Base):
             self.model.abort()
 
     @override
+    def on_train_end(self) -> None:
+        self.mics.finish_updates()
+
+    @override
     def on_validation_start(self) -> None:
         self._rng.interrupt()
+        self.mics.finish_updates()
         self.mics.synchronize_buffers()
 
     @override
@@ -430,6 +487,7 @@ class MiCSStrategyMixin(_Base):
         path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
         fits = module.trainer.state.fn == "fit"  # the optimizers of a fit outlive it
         optimizers = self.optimizers if fits else ()
+        self.mics.finish_updates()
         self.mics.release()
         if path.is_file():
             return SingleFile(path).load(module, optimizers, weights_only=weights_only)
@@ -464,6 +522,18 @@ class MiCSStrategyMixin(_Base):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
+
+
+def _users_hooks(trainer: pl.Trainer, names: Iterable[str]) -> list[str]:
+    """Which of these hooks are the user's own, on the module or on a callback; not Lightning's, nor this package's."""
+    packages = ("lightning", "pytorch_lightning", __name__.split(".")[0])
+    owners = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
+    hooks = [(owner, name, getattr(owner, name, None)) for name in names for owner in owners]
+    return [
+        f"{type(owner).__name__}.{name}"
+        for owner, name, hook in hooks
+        if hook is not None and str(getattr(hook, "__module__", "")).split(".")[0] not in packages
+    ]
 
 
 def _compile_arguments(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:

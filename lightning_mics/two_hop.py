@@ -7,11 +7,14 @@ block by block, behind the rest of the boundary's backward (MiCS, arXiv 2205.001
     g = 1/r * sum over replicas ( sum over micro-steps ( 1/p * sum over the partition group ( g_local ) ) )
 
 The window's sums are nowhere but in `.grad`. What clears gradients clears them, and nothing else is left to leak.
+
+Where an optimizer's state is sharded over all ranks, hop 2 takes the sums from `.grad` and leaves each replica the mean
+of its own piece, with the optimizer; see `optimizer_shards`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +30,7 @@ from lightning_mics.climb import Climb
 from lightning_mics.comms import HopOne, padded_numel
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import Gradients, Rung
+from lightning_mics.optimizer_shards import Mean, OptimizerShards
 from lightning_mics.residency import Residency
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Traffic
@@ -98,6 +102,8 @@ class Window:
         """What stays whole until the boundary."""
         self.climb: Climb | None = None
         """Chooses another rung between windows, if anything does."""
+        self.optimizer_shards: OptimizerShards | None = None
+        """The pieces that the optimizer steps, where these are less than the shards."""
         self._residency = residency
         self._sum_dtype = sum_dtype
         self._key: object = None
@@ -111,6 +117,7 @@ class Window:
         self._complete = False
         self._launched = 0
         self._in_flight: list[Transfer] = []
+        self._means: list[Mean] = []
         for index, bucket in enumerate(self.buckets):
             for param in bucket.parameters:
                 self._watch(param, index)
@@ -152,6 +159,8 @@ class Window:
         self._drop_stale()
         self._micro_steps += 1
         boundary = not self._hop_1_only
+        if self.optimizer_shards is not None:
+            self.optimizer_shards.hold()
         self._residency.backward_begins(boundary)
         for hop_1 in self._hops_1:
             hop_1.holds = self.rung.gradients == Gradients.WHOLE and not boundary and self.one_backward
@@ -175,6 +184,8 @@ class Window:
         A boundary without a backward (a skipped batch) has its hop 2 here.
         """
         self._drop_stale()
+        if self.optimizer_shards is not None:
+            self.optimizer_shards.close()
         if self._unsynced or (self.one_backward and not self._complete):
             self._launched = 0
             for hop_1 in self._hops_1:
@@ -186,14 +197,14 @@ class Window:
                 param.grad = param.grad.to(param.dtype)
 
     def drop(self) -> None:
-        """Forget the window: no gradient, nothing under way."""
-        for param in self._parameters():
-            param.grad = None
+        """Forget the window: no gradient, nothing under way. Updates of the last step are none of it."""
+        self._forget_gradients(self._parameters())
         for transfer in self._in_flight:
             transfer.abandon()
         for hop_1 in self._hops_1:
             hop_1.forget()
         self._in_flight.clear()
+        self._means.clear()
         self._unsynced.clear()
         self._usage.forget()
         self._stale = self._complete = False
@@ -204,6 +215,12 @@ class Window:
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (param for bucket in self.buckets for param in bucket.parameters)
+
+    def _forget_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        for param in params:
+            param.grad = None
+            if self.optimizer_shards is not None:
+                self.optimizer_shards.forget(param)
 
     # -- hop 1 arrives -----------------------------------------------------------------------------------------------
 
@@ -252,7 +269,10 @@ class Window:
         self._launch(self._launched)
         for transfer in self._in_flight:
             transfer.wait()
+        for mean in self._means:
+            self.optimizer_shards.take_over(mean)  # type: ignore[union-attr]
         self._in_flight.clear()
+        self._means.clear()
         self._clear_unused(used)
         self._unsynced.clear()
         self._complete = True
@@ -267,12 +287,24 @@ class Window:
         params = bucket.trainable
         if not self.one_backward:
             params = [p for p in params if p.grad is not None and index in self._unsynced]
+        hop_1 = bucket.hop_1.transfer if bucket.hop_1 is not None else None
+        if self.optimizer_shards is not None and (held := [*filter(self.optimizer_shards.holds, params)]):
+            mean = self.optimizer_shards.begin_reduce(bucket.name, held, [*map(self._local_gradient, held)], hop_1)
+            self._means.append(mean)
+            self._in_flight.append(mean.transfer)
+            params = [p for p in params if not self.optimizer_shards.holds(p)]
         if params:
             shards = [
                 _Shard(self._local_gradient(p), padded_numel(p, self._groups.topology.partition_size)) for p in params
             ]
-            hop_1 = bucket.hop_1.transfer if bucket.hop_1 is not None else None
             self._carry(partial(self._average, shards, hop_1), f"hop 2 of {bucket.name}")
+
+    def begin_updates(self) -> None:
+        """After the optimizer's step: begin to gather what the replicas have updated, in the order of a forward."""
+        assert self.optimizer_shards is not None
+        for bucket in reversed(self.buckets):
+            if params := [p for p in bucket.parameters if self.optimizer_shards.steps(p)]:
+                self.optimizer_shards.begin_gather(bucket.block, bucket.name, params)
 
     def _carry(self, task: Callable[[], None], what: str) -> None:
         assert self._hop_2 is not None
@@ -332,9 +364,7 @@ class Window:
             return  # no need to wait for the device
         if used is not None:
             seen = [count > 0 for count in used[:-1].tolist()]
-        for param, was_seen in zip(params, seen, strict=True):
-            if not was_seen:
-                param.grad = None
+        self._forget_gradients(param for param, was_seen in zip(params, seen, strict=True) if not was_seen)
 
     # -- dtypes ------------------------------------------------------------------------------------------------------
 

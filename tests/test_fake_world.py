@@ -5,11 +5,13 @@ The backend has no messages from point to point, so that what is counted here is
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -17,7 +19,7 @@ from lightning_mics.groups import Groups
 from lightning_mics.ladder import RUNGS, Gradients, Rung
 from lightning_mics.sharding import shard
 from lightning_mics.topology import Topology
-from tests.distributed.counting import Call
+from tests.distributed.counting import Call, collectives
 from tests.distributed.test_wire import LAYERS, gathers_of_step, gpt, numels, traffic, window_of_calls
 
 WORLD, PER_NODE = 512, 8
@@ -69,10 +71,14 @@ class Ranks:
         ]
 
 
-def slots_of(partition_size: int) -> tuple[int, int]:
-    """Elements of a rank's shard of a block, and of what lies outside, with every parameter padded in dim 0."""
+def slots_of(partition_size: int, replicas: int = 1) -> tuple[int, int]:
+    """Elements of a rank's shard of a block, and of what lies outside, with every parameter padded in dim 0.
+
+    Given a number of replicas, of this rank's piece of the shard, which is padded in dim 0 as well.
+    """
     model = gpt()
-    room = {name: -(-p.shape[0] // partition_size) * p[0].numel() for name, p in model.named_parameters()}
+    rows = {name: math.ceil(math.ceil(len(p) / partition_size) / replicas) for name, p in model.named_parameters()}
+    room = {name: rows[name] * p[0].numel() for name, p in model.named_parameters()}
     block = sum(numel for name, numel in room.items() if name.startswith("transformer.h.0."))
     return block, sum(room.values()) - LAYERS * block
 
@@ -119,3 +125,27 @@ def test_traffic_of_512_ranks(rank: int, partition_size: int, rung: Rung) -> Non
         )
         rest = [(call.kind, call.ranks, call.numel) for call in calls if call.group not in kinds]
         assert rest == [("all_reduce", partition.everyone, usage)] * (boundary and shards)
+
+
+@pytest.mark.parametrize("partition_size", [1, 8, 64])
+def test_hop_2_of_512_ranks_in_two_halves(rank: int, partition_size: int) -> None:
+    """A reduce-scatter of each bucket before the optimizer's step, behind backward, and a gather after it, for forward.
+
+    A rank's shard of each parameter is padded to rows for every replica.
+    """
+    topology, usage = Topology(WORLD, PER_NODE, partition_size), numels()[2]
+    groups = Groups.create(topology, "cpu")
+    root, kinds = shard(gpt(), groups), traffic(groups)
+    root.one_backward = True
+    optimizer = torch.optim.AdamW(root.parameters())
+    root.shard_optimizer(optimizer)
+    replicas = Ranks(topology, topology.replication_groups[topology.shard_of(rank)], rank)
+    (before,) = window_of_calls(root, 1)
+    with collectives() as after:
+        optimizer.step()
+    block, outside = slots_of(partition_size, topology.replicas)
+    backward, forward = [*[block] * LAYERS, outside], [outside, *[block] * LAYERS]
+    hop_2 = [(call.kind, call.ranks, call.numel) for call in before if kinds.get(call.group) == "hop 2"]
+    hop_2 = [stage for stage in hop_2 if stage not in replicas.all_reduce(usage)]
+    assert hop_2 == [stage for slot in backward for stage in replicas.reduce_scatter(slot)]
+    assert [(c.kind, c.ranks, c.numel) for c in after] == [s for slot in forward for s in replicas.gather(slot)]

@@ -17,9 +17,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"topology", "network", "ladder", "precision", "memory", "version", "_compat"},
     {"groups", "channels"},
-    {"collectives", "climb"},
+    {"collectives", "climb", "residency"},
     {"wire", "blocks", "materialize", "usage"},
     {"comms", "block_order"},
+    {"optimizer_shards"},
     {"two_hop"},
     {"accounting"},
     {"sharding"},

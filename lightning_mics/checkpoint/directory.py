@@ -29,6 +29,7 @@ from lightning_mics.checkpoint.optimizer import (
     StateByName,
     check_same_parameters,
     empty_like_saved,
+    held_by_name,
     number_parameters,
     paired,
 )
@@ -189,14 +190,14 @@ class Checkpoint:
     ) -> dict[str, Any]:
         """Tensors to read optimizer state into, each entered in `states` as well."""
         targets: dict[str, Any] = {}
-        params = dict(module.named_parameters())
         for i, (optimizer, state) in enumerate(paired(self.path, optimizers, states)):
             check_same_parameters(module, optimizer, state)
+            held = held_by_name(module, optimizer)
             prefix = f"{_OPTIMIZER}.{i}."
             for key, meta in saved.items():
                 if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata):
                     name, field = key.removeprefix(prefix).rsplit(".", 1)
-                    tensor = empty_like_saved(params[name], meta.size, meta.properties.dtype)
+                    tensor = empty_like_saved(held[name], meta.size, meta.properties.dtype)
                     targets[key] = state["state"].setdefault(name, {})[field] = tensor
         return targets
 

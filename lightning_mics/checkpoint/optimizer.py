@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mics.optimizer_shards import parameter_of
+
 StateByName = dict[str, Any]
 
 
@@ -90,16 +92,23 @@ def name_parameters(module: nn.Module, optimizer: Optimizer, numbered: Mapping[s
     return {"state": {name_of[n]: state for n, state in numbered["state"].items()}, "param_groups": groups}
 
 
-def empty_like_saved(param: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor to read a saved state of `param` into: sharded as the parameter where the shape is its own."""
-    if size == param.shape:
-        return torch.empty_like(param, dtype=dtype, requires_grad=False)
+def held_by_name(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What the optimizer steps for each parameter: the parameter, or this rank's piece of it."""
+    held = (param for group in optimizer.param_groups for param in group["params"])
+    names = (name for group in _names(module, optimizer) for name in group)
+    return dict(zip(names, held, strict=True))
+
+
+def empty_like_saved(held: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor to read a saved state into: sharded as what the optimizer holds where the shape is its own."""
+    if size == held.shape:
+        return torch.empty_like(held, dtype=dtype, requires_grad=False)
     return torch.empty(size, dtype=dtype)
 
 
 def _names(module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     name_of = {id(p): name for name, p in module.named_parameters()}
-    groups = [[name_of.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    groups = [[name_of.get(id(parameter_of(p))) for p in group["params"]] for group in optimizer.param_groups]
     if any(name is None for group in groups for name in group):
         raise ValueError(
             "the optimizer holds a parameter that is not the sharded module's; make optimizers in "

@@ -22,6 +22,7 @@ from lightning_mics.checkpoint.directory import Checkpoint
 from lightning_mics.checkpoint.optimizer import (
     StateByName,
     check_same_parameters,
+    held_by_name,
     name_parameters,
     number_parameters,
     paired,
@@ -88,7 +89,8 @@ class SingleFile:
         states = checkpoint.pop("optimizer_states", None)
         fitting = together(lambda: self._fit(module, optimizers, states), f"cannot load {self.path}")
         for optimizer, state in zip(optimizers, fitting, strict=True):
-            optimizer.load_state_dict(number_parameters(_sharded_state(module, state)))
+            held = held_by_name(module, optimizer)
+            optimizer.load_state_dict(number_parameters(_sharded_state(held, state)))
         return checkpoint
 
     def _open(self, weights_only: bool | None) -> dict[str, Any]:
@@ -134,10 +136,9 @@ def _by_name(module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) 
     return name_parameters(module, optimizer, state)
 
 
-def _sharded_state(module: nn.Module, state: StateByName) -> StateByName:
-    params = dict(module.named_parameters())
+def _sharded_state(held: Mapping[str, Tensor], state: StateByName) -> StateByName:
     sharded = {
-        name: {k: _part_of(v, params[name]).clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
+        name: {k: _part_of(v, held[name]).clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
         for name, fields in state["state"].items()
     }
     return {**state, "state": sharded}
@@ -147,9 +148,10 @@ def _part_of(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of `whole`, sharded as `like` is where it has its shape."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
-    (placement,), mesh = like.placements, like.device_mesh
-    chunks = whole.chunk(mesh.size(), placement.dim)  # type: ignore[attr-defined]
-    rank = mesh.get_local_rank()
-    part = chunks[rank] if rank < len(chunks) else whole.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
-    local = part.to(like.device)
+    mesh, local = like.device_mesh, whole
+    for axis, placement in enumerate(like.placements):
+        dim, rank = placement.dim, mesh.get_local_rank(axis)  # type: ignore[attr-defined]
+        chunks = local.chunk(mesh.size(axis), dim)
+        local = chunks[rank] if rank < len(chunks) else local.narrow(dim, 0, 0)
+    local = local.to(like.device)
     return DTensor.from_local(local, mesh, like.placements, shape=like.shape, stride=like.stride())
