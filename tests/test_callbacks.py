@@ -67,10 +67,11 @@ def test_header_tells_topology_window_and_bytes() -> None:
     assert header["model"] == "stack, 350 parameters, 32-true on cpu"
     assert header["ranks"].endswith("(n = 4, p = 2, r = 2)")
     assert header["window"] == "3 micro-steps"
-    # fp32, p = 2: half of each gathered or reduced byte is sent. Blocks (330) are gathered twice a micro-step, the
-    # head (20) once: 3 * (2 * 330 + 20) * 4 / 2 = 4080 bytes. Hop 1: 3 * 350 * 4 / 2 = 2100. Hop 2: an all-reduce
-    # of 350 / 2 elements over r = 2 sends 2 * (1 / 2) of their bytes: 700. There is one node to stay in.
-    assert re.findall(r"[\d.]+ k?B", header["wire"]) == ["4.08 kB", "2.1 kB", "700 B", "0 B"]
+    # fp32, p = 2: half of each gathered or reduced byte is sent. Blocks (110) are gathered twice a micro-step, but two
+    # of three stay at each of five turns, the head (20) once: ((3 * 6 - 10) * 110 + 3 * 20) * 4 / 2 = 1880 bytes.
+    # Hop 1: 3 * 350 * 4 / 2 = 2100. Hop 2: an all-reduce of 350 / 2 elements over r = 2 sends 2 * (1 / 2) of their
+    # bytes: 700. There is one node to stay in.
+    assert re.findall(r"[\d.]+ k?B", header["wire"]) == ["1.88 kB", "2.1 kB", "700 B", "0 B"]
     assert header["rung"].startswith("block/sharded")
     assert header["blocks"].startswith("3 x Linear of 110 parameters")
 
