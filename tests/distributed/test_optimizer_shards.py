@@ -27,7 +27,7 @@ from lightning_mics.topology import Topology
 from tests.distributed.counting import Call, collectives
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_wire import TWO_TIERS, traffic
-from tests.distributed.toys import assert_close, optimizer_state, parameters
+from tests.distributed.toys import assert_close, local, optimizer_state, parameters, whole
 
 WIDTH, STEPS = 10, 4
 FORMS = ("partition", "world")
@@ -203,7 +203,7 @@ def _bounded(options: dict[str, Any]) -> None:
             sizes = alone.get_parameter(name).grad.abs()  # type: ignore[union-attr]
             dist.all_reduce(sizes)
             bound = 2 * 3 * torch.finfo(torch.float32).eps * sizes / 4
-            assert ((piece.grad.full_tensor() - param.grad.full_tensor()).abs() <= bound).all(), name
+            assert ((whole(piece.grad) - whole(param.grad)).abs() <= bound).all(), name
             compared += 1
     assert compared == 4 * 3 + 3
 
@@ -227,7 +227,7 @@ def _gradients(form: str, then: str) -> list[Tensor | None]:
     backward(root, 0, 1)
     backward(root, 1 if then == "anew" else 0, 1)
     grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
-    return [None if grad is None else grad.full_tensor() for grad in grads]  # type: ignore[attr-defined]
+    return [None if grad is None else whole(grad) for grad in grads]
 
 
 def _windows_without_a_step() -> None:
@@ -251,10 +251,10 @@ def _state_elements(partition_size: int) -> tuple[int, int, bool]:
         root = build(partition_size)
         optimizer, _ = train(root, form, 1)
         tensors = [v for fields in optimizer.state.values() for k, v in fields.items() if k != "step"]
-        counts.append(sum(tensor.to_local().numel() for tensor in tensors))
+        counts.append(sum(local(tensor).numel() for tensor in tensors))
         pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
-        memory = {param.to_local().untyped_storage().data_ptr() for param in root.parameters()}
-        shared = all(piece.to_local().untyped_storage().data_ptr() in memory for piece in pieces)
+        memory = {local(param).untyped_storage().data_ptr() for param in root.parameters()}
+        shared = all(local(piece).untyped_storage().data_ptr() in memory for piece in pieces)
     return *counts, shared  # type: ignore[return-value]
 
 
@@ -425,7 +425,7 @@ def _read_between(how: str) -> None:
         else:
             root.finish_updates()
             states.append(dict(root.module.named_parameters()))
-    full = [{name: value.full_tensor() for name, value in state.items()} for state in states]
+    full = [{name: whole(value) for name, value in state.items()} for state in states]
     assert_close(full[1], full[0], how)
 
 
