@@ -22,6 +22,7 @@ from benchmarks import deepspeed_peers
 from benchmarks.model import blocks_of, build, loss_of, optimizer_of
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import RUNGS, Gradients, Parameters, Rung
+from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.sharding import shard
 from lightning_mics.topology import Topology
 
@@ -127,12 +128,17 @@ class MiCS(_Loop):
     Args:
         topology: of the partition groups.
         rung: of the memory ladder.
+        optimizer_state: over which ranks it is sharded.
     """
 
-    def __init__(self, topology: Topology, rung: Rung) -> None:
+    def __init__(
+        self, topology: Topology, rung: Rung, optimizer_state: OptimizerState = OptimizerState.PARTITION
+    ) -> None:
         root = shard(build(), Groups.create(topology, "cpu"), rung=rung)
         root.one_backward = True
         super().__init__(root)
+        if optimizer_state == OptimizerState.WORLD:
+            root.shard_optimizer(self.optimizer)
         self.root = root
         self._steps = 0
 
@@ -226,6 +232,10 @@ def _mics(rung: Rung, topology: Topology, window: int) -> Peer:
     return MiCS(topology, rung)
 
 
+def _mics_world(rung: Rung, topology: Topology, window: int) -> Peer:
+    return MiCS(topology, rung, OptimizerState.WORLD)
+
+
 def _deepspeed(zero: dict[str, Any], topology: Topology, window: int) -> Peer:
     return deepspeed_peers.DeepSpeed(window, **zero)
 
@@ -268,3 +278,7 @@ for _name, _says, _make, _rung in (
     PEERS[f"deepspeed:{_name}"] = Entry(_says, _make, _rung, all_ranks, missing=deepspeed_peers.missing)
 for _rung in RUNGS:
     PEERS[f"mics:{_rung}"] = Entry(f"lightning-mics, {_rung}", partial(_mics, _rung), _rung, applies=_is_sharded)
+for _rung in (Rung(), _WHOLE):
+    PEERS[f"mics-world:{_rung}"] = Entry(
+        f"the same, optimizer state over all ranks, {_rung}", partial(_mics_world, _rung), _rung, applies=is_hybrid
+    )

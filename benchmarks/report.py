@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.results import Row
 
-_OURS = "mics:"
+_OURS = "mics"
 
 
 def table(rows: Sequence[Row]) -> Iterator[Table]:
