@@ -78,13 +78,13 @@ def all_gather_single(output: Tensor, shard: Tensor, group: dist.ProcessGroup) -
     gather(output, shard, group=group)
 
 
-def reduce_scatter_single(output: Tensor, whole: Tensor, group: dist.ProcessGroup, op: Any = dist.ReduceOp.SUM) -> None:
+def reduce_scatter_single(output: Tensor, whole: Tensor, group: dist.ProcessGroup) -> None:
     """torch 2.13 calls `reduce_scatter_tensor` so, and deprecates the older name.
 
     Test: tests/distributed/test_collectives.py.
     """
     reduce = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
-    reduce(output, whole, op=op, group=group)
+    reduce(output, whole, group=group)
 
 
 def coalesced(group: dist.ProcessGroup, backend: str) -> AbstractContextManager[Any]:

@@ -127,15 +127,12 @@ class Collectives(ABC):
         return partial(self.all_gather, buffer)
 
     @abstractmethod
-    def reduce_scatter(
-        self, buffer: Tensor, out: Tensor | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-    ) -> Tensor:
+    def reduce_scatter(self, buffer: Tensor, out: Tensor | None = None) -> Tensor:
         """The sum over all ranks of this rank's slot, in `out` where given. Collective on `tiers`.
 
         Args:
             buffer: one-dimensional floating-point; a multiple of the ranks. It holds nothing of use afterwards.
             out: of the size of a slot.
-            op: SUM, or AVG where the backend has it.
         """
 
     def begin_reduce_scatter(self, buffer: Tensor) -> Callable[[], Tensor]:
@@ -210,11 +207,7 @@ class Exchange(Collectives):
         tiers, narrow = self.tiers_for(slots[0].nbytes), self.crossing_dtype(buffer.dtype)
         return _Gather(slots, tiers, self._numbering, narrow).finish
 
-    def reduce_scatter(
-        self, buffer: Tensor, out: Tensor | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-    ) -> Tensor:
-        if op != dist.ReduceOp.SUM:
-            raise ValueError(f"op={op} cannot be added here; choose ReduceOp.SUM and divide")
+    def reduce_scatter(self, buffer: Tensor, out: Tensor | None = None) -> Tensor:
         total = self.begin_reduce_scatter(buffer)()
         return total if out is None else out.copy_(total)
 
@@ -478,20 +471,18 @@ class Native(Collectives):
             for node, target in enumerate(slots.view(tiers.nodes, -1)):
                 all_gather_single(target, here[node], tiers.intra_node)
 
-    def reduce_scatter(
-        self, buffer: Tensor, out: Tensor | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-    ) -> Tensor:
+    def reduce_scatter(self, buffer: Tensor, out: Tensor | None = None) -> Tensor:
         slots = buffer.view(self._hierarchical.size, -1)
         tiers = self.tiers_for(slots[0].nbytes)
         total = torch.empty_like(slots[0]) if out is None else out
         if tiers.inter_node is None or tiers.intra_node is None:
-            reduce_scatter_single(total, buffer, tiers.everyone, op)
+            reduce_scatter_single(total, buffer, tiers.everyone)
             return total
         here = torch.empty_like(slots[: tiers.nodes])
         with coalesced(tiers.intra_node, backend_for(buffer.device, tiers.intra_node)):
             for node, source in enumerate(slots.view(tiers.nodes, -1)):
-                reduce_scatter_single(here[node], source, tiers.intra_node, op)
-        reduce_scatter_single(total, here.view(-1), tiers.inter_node, op)
+                reduce_scatter_single(here[node], source, tiers.intra_node)
+        reduce_scatter_single(total, here.view(-1), tiers.inter_node)
         return total
 
     def all_reduce(self, buffer: Tensor) -> None:

@@ -273,19 +273,6 @@ def test_an_all_reduce_of_any_length_is_the_same_on_every_rank() -> None:
     assert found_wrong()[_all_reduced] == []
 
 
-def _maximum() -> str:
-    tiers = tiers_of(1, 2)
-    assert tiers is not None
-    with pytest.raises(ValueError) as refused:
-        Exchange(tiers, TWO_TIERS).reduce_scatter(torch.ones(2), op=dist.ReduceOp.MAX)
-    return str(refused.value)
-
-
-def test_what_cannot_be_added_is_refused() -> None:
-    for message in run_ranks(2, _maximum):
-        assert message.startswith("op=") and "choose ReduceOp.SUM" in message
-
-
 # -- flat or hierarchical ----------------------------------------------------------------------------------------------
 
 
