@@ -27,12 +27,13 @@ from torch.optim import SGD
 
 from benchmarks.gpu_cases import Case, loss_of
 from lightning_mics.channels import Task, channel_for
-from lightning_mics.collectives import Collectives, collectives_for
+from lightning_mics.collectives import Collectives
 from lightning_mics.groups import Groups, Tiers, backend_for
 from lightning_mics.ladder import RUNGS, Rung
 from lightning_mics.network import Network, Tier
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology, allowed_partition_sizes
+from lightning_mics.wire import collectives_for
 
 BOUND = 1e-5
 """How far losses (relative) and parameters (absolute) may be from the plain loop's: fp32, summed in another order."""

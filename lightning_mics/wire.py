@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 
 from lightning_mics.channels import Channel, channel_for
-from lightning_mics.collectives import Collectives, collectives_for
+from lightning_mics.collectives import Collectives
+from lightning_mics.exchange import Exchange
 from lightning_mics.groups import Groups, Tiers, backend_for
+from lightning_mics.native import Native
 from lightning_mics.network import Network, Tier
 
 
@@ -73,3 +75,12 @@ def _agreed(network: Network, device: torch.device) -> Network:
         dist.broadcast(numbers, src=0)
     intra_latency, intra_bandwidth, inter_latency, inter_bandwidth = numbers.tolist()
     return Network(Tier(intra_latency, intra_bandwidth), Tier(inter_latency, inter_bandwidth), network.source)
+
+
+def collectives_for(
+    tiers: Tiers, network: Network, device: torch.device, between_nodes: torch.dtype | None = None
+) -> Collectives:
+    """The form that suits tensors on `device` and the backend of `tiers` there; see `Collectives`."""
+    # gloo's sends and receives take memory of the host only; its collectives copy an accelerator's there and back.
+    messages = device.type == "cpu" and backend_for(device, tiers.everyone) == "gloo"
+    return (Exchange if messages else Native)(tiers, network, between_nodes)

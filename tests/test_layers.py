@@ -18,6 +18,7 @@ ROWS = (
     {"topology", "network", "ladder", "precision", "memory", "version", "_compat"},
     {"groups", "channels"},
     {"collectives", "climb", "residency"},
+    {"exchange", "native"},
     {"wire", "blocks", "materialize", "usage"},
     {"comms", "block_order"},
     {"optimizer_shards"},

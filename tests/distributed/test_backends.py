@@ -15,12 +15,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.gpu_exercise import check_collectives, check_ladder
 from lightning_mics.channels import InlineChannel
-from lightning_mics.collectives import Exchange, Native, collectives_for
 from lightning_mics.comms import HopOne
+from lightning_mics.exchange import Exchange
 from lightning_mics.groups import Groups, backend_for
+from lightning_mics.native import Native
 from lightning_mics.network import Network
 from lightning_mics.topology import Topology
-from lightning_mics.wire import Traffic
+from lightning_mics.wire import Traffic, collectives_for
 from tests.distributed.ranks import run_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

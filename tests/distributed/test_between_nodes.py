@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_mics.collectives import Collectives, Exchange, Native
+from lightning_mics.collectives import Collectives
+from lightning_mics.exchange import Exchange
 from lightning_mics.groups import Groups
+from lightning_mics.native import Native
 from lightning_mics.network import Network, Tier
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import shard

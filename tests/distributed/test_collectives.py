@@ -26,10 +26,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_mics import collectives
+from lightning_mics import exchange
 from lightning_mics.channels import CollectiveError
-from lightning_mics.collectives import Collectives, Exchange, Native, flat_all_gather, flat_reduce_scatter
+from lightning_mics.collectives import Collectives, flat_all_gather, flat_reduce_scatter
+from lightning_mics.exchange import Exchange
 from lightning_mics.groups import Groups, Tiers
+from lightning_mics.native import Native
 from lightning_mics.network import Network, Tier
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
@@ -130,7 +132,7 @@ def go_through(cases: dict[Check, list[Case]]) -> dict[Check, list[str]]:
     for check, each in cases.items():
         for case, form in product(each, (Exchange, Native)):
             if (mine := tiers[case.shape]) is not None:
-                with patch.object(collectives, "CHUNK_BYTES", case.chunk_bytes):
+                with patch.object(exchange, "CHUNK_BYTES", case.chunk_bytes):
                     if problem := check(case, form, mine):
                         wrong[check].append(f"{form.__name__}, {case}: {problem}")
     return wrong
