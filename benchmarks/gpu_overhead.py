@@ -32,6 +32,7 @@ from benchmarks import gpu_exercise
 from benchmarks.gpu_cases import CASES, TINY, Case, peak_flops
 from benchmarks.gpu_ways import PLAIN, WAYS, Way
 from benchmarks.results import about
+from benchmarks.stepped import quiet
 from lightning_mics import memory
 
 LOSS_BOUND = 5e-3
@@ -318,7 +319,11 @@ def _run_of(options: argparse.Namespace) -> Run:
 
 def main(given: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code: 1 if a case failed or the exercise differs."""
-    options = _arguments(given)
+    with quiet():
+        return _main(_arguments(given))
+
+
+def _main(options: argparse.Namespace) -> int:
     run = _run_of(options)
     for name in [] if options.exercise else options.case or [*CASES]:
         case = (CASES | TINY)[name]

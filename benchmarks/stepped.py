@@ -9,6 +9,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from queue import Queue
 from typing import Any
 
@@ -39,6 +40,20 @@ class _Batches:
             yield from batches
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's hints, and without warnings. Around all of a benchmark: both are the whole process's."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 class SteppedTrainer:
     """`Trainer(...).fit(module)`, turn by turn, without logging, checkpoints or progress bar.
 
@@ -48,7 +63,6 @@ class SteppedTrainer:
     """
 
     def __init__(self, module: LightningModule, **options: Any) -> None:
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         self._trainer = Trainer(max_epochs=1, barebones=True, use_distributed_sampler=False, **options)
         self._module = module
         self._batches = _Batches()
@@ -72,9 +86,7 @@ class SteppedTrainer:
 
     def _run(self) -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self._trainer.fit(self._module, self._batches)
+            self._trainer.fit(self._module, self._batches)
         except BaseException as error:
             self._batches.answers.put(error)
 

@@ -24,6 +24,7 @@ from benchmarks.cluster import bytes_sent
 from benchmarks.model import batches, build, size_of
 from benchmarks.peers import PEERS, Peer
 from benchmarks.results import Row
+from benchmarks.stepped import quiet
 from lightning_mics import memory
 from lightning_mics.topology import Topology
 
@@ -178,7 +179,8 @@ def main(plan_file: str, rows_file: str) -> None:
     if plan.memory:
         weigh_case(plan, plan.windows[0])  # what a process loads once is no peer's
     for window in plan.windows:
-        rows = (weigh_case if plan.memory else time_case)(plan, window)
+        with quiet():
+            rows = (weigh_case if plan.memory else time_case)(plan, window)
         gc.collect()
         if dist.get_rank() == 0:
             with Path(rows_file).open("a") as file:
