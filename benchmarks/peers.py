@@ -153,6 +153,7 @@ class MiCS(_Loop):
     def update(self) -> None:
         self.root.window.close()
         super().update()
+        self.root.finish_updates()  # otherwise they would travel in another peer's turn
         self.root.release()
         self._steps += 1
 
