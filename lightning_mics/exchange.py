@@ -73,7 +73,34 @@ class Exchange(Collectives):
         _Gather(slots, tiers, self._numbering, narrow).finish()
 
 
-class _Gather:
+class _Stages:
+    """What a gather and a reduction share: slots, and the ranks with whom they are exchanged on each tier.
+
+    Messages inside the node that leave when this is made, and those that leave later, are numbered apart.
+    """
+
+    def __init__(
+        self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None
+    ) -> None:
+        self._slots = slots
+        self._tiers = tiers
+        self._own = slots[tiers.index]
+        self._between = _Peers(tiers, "inter_node", numbering, narrow=narrow)
+        self._first = _Peers(tiers, "intra_node", numbering)
+        self._later = _Peers(tiers, "intra_node", numbering, lane=1)
+
+    def _slot(self, nodes: int, ranks: int = 0) -> Tensor:
+        """That of the rank so many nodes ahead and, in its node, so many places ahead; behind where negative."""
+        tiers = self._tiers
+        node, local = (tiers.node + nodes) % tiers.nodes, (tiers.local + ranks) % tiers.per_node
+        return self._slots[node * tiers.per_node + local]
+
+    def _finish_all(self) -> None:
+        for peers in (self._between, self._first, self._later):
+            peers.finish_all()
+
+
+class _Gather(_Stages):
     """Fills `slots` from the ranks whose they are: chunk by chunk between nodes, and each on inside the node.
 
     All that is this rank's own is on its way when this is made; `finish` waits, and passes on what came.
@@ -82,47 +109,31 @@ class _Gather:
     def __init__(
         self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None
     ) -> None:
-        self._slots = slots
-        self._tiers = tiers
-        self._between = _Peers(tiers, "inter_node", numbering, narrow=narrow)
-        self._own = _Peers(tiers, "intra_node", numbering)
-        self._passing = _Peers(tiers, "intra_node", numbering, lane=1)
-        own = slots[tiers.index]
-        self._chunks = [*_chunks(max(slots, key=Tensor.numel))]  # as many on every rank, whosever slot is shorter
-        for chunk in self._chunks:
+        super().__init__(slots, tiers, numbering, narrow)
+        chunks = _chunks(slots)
+        for chunk in chunks:
             for step in self._between.steps:
-                self._between.send(own[chunk], step)
+                self._between.send(self._own[chunk], step)
         self._arriving = [
-            (self._between.receive(self._here(step)[chunk], step), step, chunk)
-            for chunk in self._chunks
+            (self._between.receive(self._slot(-step)[chunk], step), step, chunk)
+            for chunk in chunks
             for step in self._between.steps
         ]
-        for peer in self._own.steps:
-            self._own.send(own, peer)
-            self._own.receive(self._slot(0, peer), peer)
+        for peer in self._first.steps:
+            self._first.send(self._own, peer)
+            self._first.receive(self._slot(0, -peer), peer)
 
     def finish(self) -> None:
         """Return when every slot is full."""
         for message, step, chunk in self._arriving:
             self._between.finish(message)
-            for peer in self._passing.steps:
-                self._passing.send(self._here(step)[chunk], peer)
-                self._passing.receive(self._slot(step, peer)[chunk], peer)
-        for peers in (self._between, self._own, self._passing):
-            peers.finish_all()
-
-    def _here(self, step: int) -> Tensor:
-        """The slot that comes to this rank from the node `step` behind."""
-        return self._slot(step, 0)
-
-    def _slot(self, step: int, peer: int) -> Tensor:
-        """That which comes to the rank `peer` behind in this node from the node `step` behind."""
-        tiers = self._tiers
-        node, local = (tiers.node - step) % tiers.nodes, (tiers.local - peer) % tiers.per_node
-        return self._slots[node * tiers.per_node + local]
+            for peer in self._later.steps:
+                self._later.send(self._slot(-step)[chunk], peer)
+                self._later.receive(self._slot(-step, -peer)[chunk], peer)
+        self._finish_all()
 
 
-class _Reduction:
+class _Reduction(_Stages):
     """Adds every rank's slots up where they belong: inside the node first, and what is for other nodes goes on.
 
     This rank's slot holds the sum; the others hold partial sums. What is asked for first is on its way when this is
@@ -132,29 +143,23 @@ class _Reduction:
     def __init__(
         self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None
     ) -> None:
-        self._slots = slots
-        self._tiers = tiers
-        self._between = _Peers(tiers, "inter_node", numbering, narrow=narrow)
-        self._first = _Peers(tiers, "intra_node", numbering)
-        self._later = _Peers(tiers, "intra_node", numbering, lane=1)
-        chunks = [*_chunks(max(slots, key=Tensor.numel))]
+        super().__init__(slots, tiers, numbering, narrow)
         steps = (*self._between.steps, 0)  # other nodes' first: they have further to go
-        self._rounds = [(chunk, step) for chunk in chunks for step in steps]
+        self._rounds = [(chunk, step) for chunk in _chunks(slots) for step in steps]
         self._asked = self._ask(self._first, *self._rounds[0]) if self._rounds else []
 
     def finish(self) -> Tensor:
         """This rank's slot, when the sum is there."""
-        own = self._slots[self._tiers.index]
         crossing: list[tuple[Tensor, list[_Message]]] = []
         incoming: list[_Message] = []
         asked, self._asked = self._asked, []
         for (chunk, step), following in zip_longest(self._rounds, self._rounds[1:]):
             arriving, asked = asked, self._ask(self._later, *following) if following else []
-            mine = self._here(step)[chunk]
+            mine = self._slot(step)[chunk]
             self._later.add(mine, arriving)
             if step:
                 self._between.send(mine, step)
-                incoming.append(self._between.receive(torch.empty_like(own[chunk]), step))
+                incoming.append(self._between.receive(torch.empty_like(self._own[chunk]), step))
                 continue
             crossing.append((mine, incoming))
             incoming = []
@@ -162,28 +167,21 @@ class _Reduction:
                 self._between.add(*crossing.pop(0))
         for mine, parts in crossing:
             self._between.add(mine, parts)
-        for peers in (self._between, self._first, self._later):
-            peers.finish_all()
-        return own
+        self._finish_all()
+        return self._own
 
     def _ask(self, inside: _Peers, chunk: slice, step: int) -> list[_Message]:
         """Send what is for the other ranks of this node to reduce, and receive what is for this one."""
-        node = (self._tiers.node + step) % self._tiers.nodes
         for peer in inside.steps:
-            local = (self._tiers.local + peer) % self._tiers.per_node
-            inside.send(self._slots[node * self._tiers.per_node + local][chunk], peer)
-        return [inside.receive(torch.empty_like(self._here(step)[chunk]), peer) for peer in inside.steps]
-
-    def _here(self, step: int) -> Tensor:
-        """The slot that this rank reduces for the node `step` ahead."""
-        node = (self._tiers.node + step) % self._tiers.nodes
-        return self._slots[node * self._tiers.per_node + self._tiers.local]
+            inside.send(self._slot(step, peer)[chunk], peer)
+        return [inside.receive(torch.empty_like(self._slot(step)[chunk]), peer) for peer in inside.steps]
 
 
-def _chunks(slot: Tensor) -> Iterator[slice]:
+def _chunks(slots: Sequence[Tensor]) -> list[slice]:
     """Slices of the longest slot, the same on every rank. A shorter slot has fewer values in the last."""
+    slot = max(slots, key=Tensor.numel)
     numel = max(1, _chunk_bytes(slot.nbytes) // slot.itemsize)
-    return (slice(start, start + numel) for start in range(0, slot.numel(), numel))
+    return [slice(start, start + numel) for start in range(0, slot.numel(), numel)]
 
 
 def _chunk_bytes(slot_bytes: int) -> int:
