@@ -22,6 +22,7 @@ from lightning_mics import consolidate
 from tests.distributed.counting import collectives
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_optimizer_shards import FORMS, OnRequest
+from tests.distributed.test_windows import SkipsStep
 from tests.distributed.toys import (
     Batch,
     Batches,
@@ -39,16 +40,6 @@ from tests.distributed.toys import (
 )
 
 # -- training ----------------------------------------------------------------------------------------------------------
-
-
-class SkipsStep(Toy):
-    """Runs the closure of one boundary, and leaves the step out."""
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        if batch_idx == 7:
-            optimizer_closure()
-        else:
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
 
 class SkipsBackward(Toy):
