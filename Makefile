@@ -1,5 +1,5 @@
 # make train   train a small GPT on real text, four processes in two partition groups
-# make test    all tests
+# make test    all tests, in two processes; WORKERS=0 for one
 # make lint    style and types
 # make clean   remove the environment and caches; outputs/, with its checkpoints, stays
 
@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
@@ -16,7 +17,7 @@ train: install
 	$(BIN)/python recipes/train.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
