@@ -16,6 +16,7 @@ from lightning_mics import MiCSStrategy
 from lightning_mics.cli import app
 from lightning_mics.network import Network
 from lightning_mics.version import __version__
+from tests.ports import reserved_port
 
 PROBE = ["-m", "lightning_mics", "probe", "--device", "cpu", "--output", "network.json"]
 
@@ -28,7 +29,7 @@ def _start(command: list[str], folder: Path, **env: str) -> subprocess.Popen[str
 
 def _outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
     try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -42,9 +43,6 @@ def _by_torchrun(folder: Path) -> list[str]:
 
 
 def _by_slurm(folder: Path) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     job = {
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "1",
@@ -52,8 +50,10 @@ def _by_slurm(folder: Path) -> list[str]:
         "SLURM_JOB_ID": "7",
         "SLURM_NODELIST": "127.0.0.1",
     }
-    job |= {"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "MASTER_PORT": port}
-    return _outputs([_start([sys.executable, *PROBE], folder, **job, SLURM_PROCID=rank) for rank in "01"])
+    job |= {"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
+    with reserved_port() as port:
+        job["MASTER_PORT"] = str(port)
+        return _outputs([_start([sys.executable, *PROBE], folder, **job, SLURM_PROCID=rank) for rank in "01"])
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import reserved_port
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -39,10 +41,11 @@ model, data = Model(), torch.utils.data.DataLoader(torch.randn(64, 8), batch_siz
 """
 
 
-def run(command: list[str], cwd: Path, timeout: float = 200) -> str:
+def run(command: list[str], cwd: Path) -> str:
     bin_first = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": bin_first, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    with reserved_port() as port:
+        env = {**os.environ, "PATH": bin_first, "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(port)}
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

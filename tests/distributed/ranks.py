@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.ports import reserved_port
 
 _context = multiprocessing.get_context("forkserver")
 # What the tests import, too: a rank that imports it by itself spends four seconds on that.
@@ -32,36 +34,36 @@ _context.set_forkserver_preload(
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, grace: float = 5, **env: str
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 800, grace: float = 5, **env: str
 ) -> list[Any]:
     """`function(*args)` on `world_size` ranks with the default process group set up; their results in rank order.
 
-    Where one fails, the others have `grace` seconds before they are killed.
+    Where one fails, the others have `grace` seconds before they are killed. `timeout` ends what hangs, however busy the
+    machine is; half of it is what the ranks wait for one another, so that they can tell in what they hung.
 
     Raises:
         AssertionError: with the first failing rank's traceback.
     """
-    port = _free_port()
     pipes, processes = [], []
-    folder = tempfile.TemporaryDirectory()  # what a Trainer writes when it is not told where
-    for rank in range(world_size):
-        ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(
-            target=_main, args=(theirs, rank, world_size, port, folder.name, env, function, args), daemon=True
-        )
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    try:
-        return _collect(pipes, timeout)
-    finally:
-        for process in processes:
-            process.join(grace)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        folder.cleanup()
+    with ExitStack() as stack:
+        port = stack.enter_context(reserved_port())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())  # what a Trainer writes when it is not told where
+        for rank in range(world_size):
+            ours, theirs = _context.Pipe(duplex=False)
+            whole = (theirs, rank, world_size, port, folder, timeout / 2, env, function, args)
+            process = _context.Process(target=_main, args=whole, daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for process in processes:
+                process.join(grace)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
@@ -88,6 +90,7 @@ def _main(
     world_size: int,
     port: int,
     folder: str,
+    patience: float,
     env: dict[str, str],
     function: Any,
     args: tuple[Any, ...],
@@ -107,16 +110,10 @@ def _main(
     torch.set_num_threads(1)
     os.chdir(folder)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=patience))
         result = function(*args)
         dist.barrier()  # a rank that leaves early breaks the connection of one that is late to make it
         dist.destroy_process_group()
         pipe.send((None, result))
     except BaseException:
         pipe.send((traceback.format_exc(), None))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -50,7 +50,7 @@ def test_compiled_blocks_compute_what_plain_ones_do() -> None:
 
 @pytest.mark.slow
 def test_with_torchs_own_compiler() -> None:
-    run_ranks(2, _compiled, True, 1e-2, timeout=230)  # which rounds to bf16 less often
+    run_ranks(2, _compiled, True, 1e-2)  # which rounds to bf16 less often
 
 
 def test_compile_takes_a_bool_or_arguments() -> None:

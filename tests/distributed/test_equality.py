@@ -229,7 +229,7 @@ def test_equals_ddp_and_one_process(name: str, world_size: int) -> None:
 )
 def test_every_rung_equals_ddp_and_one_process(world_size: int, cases: list[tuple[int, int, int]]) -> None:
     rungs = [str(rung) for rung in RUNGS] if world_size == 4 else ["block/sharded", "window/whole"]
-    for rank, results in enumerate(run_ranks(world_size, compare_nodes_and_rungs, "gpt", cases, rungs, timeout=200)):
+    for rank, results in enumerate(run_ranks(world_size, compare_nodes_and_rungs, "gpt", cases, rungs)):
         for case, worst in results.items():
             for what, difference in worst.items():
                 assert difference < TOLERANCE[what.split()[0]], f"rank {rank}, {case}: {worst}"

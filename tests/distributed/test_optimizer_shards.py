@@ -345,7 +345,7 @@ class OnRequest:
         asked = threading.Event()
 
         def carry() -> None:
-            if not asked.wait(30):
+            if not asked.wait(300):
                 raise AssertionError(f"nobody waited for {what}")
             task()
 

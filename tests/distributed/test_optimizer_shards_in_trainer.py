@@ -219,7 +219,7 @@ def _checkpoints(path: Path) -> None:
 
 
 def test_checkpoints_are_the_same_in_both_forms_and_each_resumes_in_the_other(tmp_path: Path) -> None:
-    run_ranks(4, _checkpoints, tmp_path, timeout=240)
+    run_ranks(4, _checkpoints, tmp_path)
 
 
 # -- hooks that read parameters ----------------------------------------------------------------------------------------

@@ -349,7 +349,7 @@ def _refused(make: Callable[[], nn.Module], blocks: Any) -> tuple[str, int]:
 def test_what_cannot_be_sharded_is_refused_on_every_rank_before_any_collective(
     make: Callable[[], nn.Module], blocks: Any, message: str
 ) -> None:
-    for said, issued in run_ranks(4, _refused, make, blocks, timeout=40):
+    for said, issued in run_ranks(4, _refused, make, blocks):
         assert re.search(message, said), said
         assert issued == 0
 

@@ -185,7 +185,7 @@ def test_ranks_share_the_samples_as_one_process_would_take_them(tmp_path: Path, 
     arguments = [str(Path(__file__).parent), json.dumps(texts), str(tmp_path)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(script), *arguments], env=environment, check=True, timeout=200)
+    subprocess.run([*launch, str(script), *arguments], env=environment, check=True, timeout=900)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 
     together = train(tmp_path, {**options, "batch_size": 2 * BATCH_SIZE}, max_epochs=2, num_sanity_val_steps=0)

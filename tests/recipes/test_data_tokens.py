@@ -157,7 +157,6 @@ def test_a_store_whose_tokens_were_cut_short_is_made_again(texts: Path, tmp_path
     assert contents(make(texts, tmp_path / "cache")) == before
 
 
-@pytest.mark.timeout(120)
 def test_of_two_processes_one_makes_the_store_and_the_other_waits(texts: Path, tmp_path: Path) -> None:
     with start(texts, tmp_path / "cache", TRAIN) as first:
         assert lines_until_held(first)[0].startswith("tokenizing")
@@ -174,7 +173,6 @@ def test_of_two_processes_one_makes_the_store_and_the_other_waits(texts: Path, t
     assert told_second.startswith("done")
 
 
-@pytest.mark.timeout(120)
 def test_what_a_killed_process_left_is_never_used(texts: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with start(texts, cache, ENCODE) as process:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import reserved_port
 from tests.recipes.composing import ROOT
 
 pytestmark = pytest.mark.slow
@@ -33,8 +34,9 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def run(command: list[str], cwd: Path) -> str:
-    env = {**os.environ, "LIGHTNING_MICS_CACHE": str(cwd / "cache"), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=220)
+    with reserved_port() as port:
+        env = {"LIGHTNING_MICS_CACHE": str(cwd / "cache"), "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(port)}
+        done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
