@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -78,6 +81,17 @@ def test_each_kind_of_traffic_has_communicators_of_its_own_on_each_tier(topology
             assert len(names) == len({tuple(ranks) for ranks in expected.values() if len(ranks) > 1})
             assert not names & taken
             taken |= names
+
+
+def _timeouts() -> list[timedelta]:
+    with patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
+        Groups.create(Topology(4, 2, 4), "cpu", timedelta(seconds=321))
+    return [call.kwargs["timeout"] for call in new_group.call_args_list]
+
+
+def test_every_communicator_has_the_timeout_that_is_given() -> None:
+    """Of each kind of traffic on all ranks, on this rank's node and at its place in each: of two kinds, as r is 1."""
+    assert run_ranks(4, _timeouts) == [[timedelta(seconds=321)] * 6] * 4
 
 
 def _refusal(given: list[tuple[int, int, int]]) -> str:
