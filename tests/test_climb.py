@@ -88,9 +88,10 @@ def test_the_peak_of_a_process_is_seen_and_forgotten() -> None:
     memory.reset_peak(cpu)
     before = memory.peak(cpu)
     # Straight from the kernel: the C library may have kept as much from a test before, or may keep this for later.
-    with mmap.mmap(-1, 16 << 20) as block:
+    # And so much that it does not matter what little comes and goes meanwhile, or how exactly the kernel counts.
+    with mmap.mmap(-1, 128 << 20) as block:
         for page in range(0, len(block), mmap.PAGESIZE):
             block[page] = 1
-    assert memory.peak(cpu) >= before + (15 << 20)
+    assert memory.peak(cpu) >= before + (96 << 20)
     memory.reset_peak(cpu)
-    assert memory.peak(cpu) < before + (8 << 20)
+    assert memory.peak(cpu) < before + (32 << 20)
