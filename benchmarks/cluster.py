@@ -325,7 +325,7 @@ def _ip(*arguments: str) -> str:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise CommandFailed(f"`{' '.join(command)}`: {done.stderr.strip() or f'status {done.returncode}'}")
     return done.stdout
