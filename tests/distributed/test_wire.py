@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -464,6 +463,7 @@ def alive() -> int:
 def _kept(root: MiCSModule) -> tuple[list[int], int, bool]:
     """Bytes beyond the shards after each micro-step of a window and after its end; those of the gradients' shards."""
     kept: list[int] = []
+    held = tensors_alive()  # and so until the end: threads of gloo's may let go of some, which they have sent, meanwhile
     before = alive()
     for boundary in (False, False, True):
         with contextlib.nullcontext() if boundary else root.window.hop_1_only():
@@ -477,15 +477,13 @@ def _kept(root: MiCSModule) -> tuple[list[int], int, bool]:
     kept.append(alive() - before)
     gradients = {p.grad.to_local().untyped_storage() for p in root.parameters()}
     sizes = {storage.data_ptr(): storage.nbytes() for storage in gradients}
+    del held
     return kept, sum(sizes.values()), all(isinstance(p, DTensor) for p in root.parameters())
 
 
 def _kept_on_each_rung() -> list[tuple[list[int], int, bool]]:
     gc.freeze()  # what the imports made need not be searched
-    roots = [chain(rung) for rung in RUNGS]  # all before the first is measured, and all until the last is
-    while any(each.dtype == torch.float64 for each in tensors_alive()):
-        time.sleep(0.01)  # a thread of gloo's may hold on for a while to the numbers of the network, which it has sent
-    return [_kept(root) for root in roots]
+    return [_kept(root) for root in [chain(rung) for rung in RUNGS]]  # all are made before the first is measured
 
 
 def test_what_stays_in_memory_between_micro_steps_and_after_the_window() -> None:
