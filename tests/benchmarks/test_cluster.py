@@ -176,7 +176,7 @@ def test_torchrun_starts_a_rank_on_each_node_and_tells_its_failure(tmp_path: Pat
 
 @contextmanager
 def _owner(then: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process, which owns a cluster with something running on it, says so, and goes on with `then` when told."""
+    """Another process, which owns a cluster with something running on it, says so, and does `then` when told."""
     program = f"""
         import os, signal, subprocess, sys, time
         from benchmarks.cluster import Link, VirtualCluster

@@ -463,7 +463,7 @@ def alive() -> int:
 def _kept(root: MiCSModule) -> tuple[list[int], int, bool]:
     """Bytes beyond the shards after each micro-step of a window and after its end; those of the gradients' shards."""
     kept: list[int] = []
-    held = tensors_alive()  # and so until the end: threads of gloo's may let go of some, which they have sent, meanwhile
+    held = tensors_alive()  # and so until the end, though threads of gloo's let go of what they have sent
     before = alive()
     for boundary in (False, False, True):
         with contextlib.nullcontext() if boundary else root.window.hop_1_only():
