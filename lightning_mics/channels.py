@@ -13,15 +13,21 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Task = Callable[[], None]
+Task = Callable[[], Iterable[None] | None]
+"""Traffic to be done. A generator gives way where it yields: where tasks run beside the caller, some of those behind it
+are begun before it goes on, so that the wire does not idle while it waits. They are begun in order, and ended in it.
+"""
+
+_MOST_UNDER_WAY = 3
+"""Tasks that were begun and not ended: one waits, one is ready to go on, and one's messages cross."""
 
 
 class CollectiveError(RuntimeError):
@@ -45,6 +51,7 @@ class Transfer(dist.Work):
         waited: whether somebody has waited for it.
         began, ended: when it ran, in seconds of `time.perf_counter`; 0 before.
         blocked: for how many seconds somebody waited for it and could not go on.
+        error: what it failed with.
     """
 
     def __init__(self, what: str) -> None:
@@ -53,23 +60,23 @@ class Transfer(dist.Work):
         self.waited = False
         self.began = self.ended = self.blocked = 0.0
         self._over = threading.Event()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._abandoned = False
         self._event: torch.Event | None = None
 
-    def run(self, task: Task) -> BaseException | None:
-        """Do it now, in this thread; what it raised. Whoever waits goes on when it has been settled."""
-        self.began = time.perf_counter()
-        try:
-            task()
-        except BaseException as error:
-            self._error = error
-        self.ended = time.perf_counter()
-        return self._error
+    def run(self, steps: Iterator[None]) -> bool:
+        """Go on in this thread, to where it gives way or to the end; whether there is more to do.
 
-    def fail(self, error: BaseException) -> None:
-        """Give it up without having done it."""
-        self._error = error
+        Whoever waits goes on when it has been settled.
+        """
+        self.began = self.began or time.perf_counter()
+        more = False
+        try:
+            more = next(steps, self) is not self
+        except BaseException as error:
+            self.error = error
+        self.ended = time.perf_counter()
+        return more
 
     def settle(self) -> None:
         """It is over."""
@@ -87,7 +94,7 @@ class Transfer(dist.Work):
     @property
     def used(self) -> bool:
         """Whether it went well, and somebody has waited for it or nobody will."""
-        return self._over.is_set() and self._error is None and (self.waited or self._abandoned)
+        return self._over.is_set() and self.error is None and (self.waited or self._abandoned)
 
     def is_completed(self) -> bool:
         """Whether a wait would return at once."""
@@ -107,9 +114,14 @@ class Transfer(dist.Work):
             if not self._over.wait(timeout.total_seconds() if timeout else None):
                 raise CollectiveError(f"{self.what} is not done after {timeout}")
             self.blocked += time.perf_counter() - begun
-        if self._error is not None and not self._abandoned:
-            raise CollectiveError(f"{self.what}: {self._error}") from self._error
+        if not self._abandoned:
+            self.check()
         return True
+
+    def check(self) -> None:
+        """Raise what it failed with, named."""
+        if self.error is not None:
+            raise CollectiveError(f"{self.what}: {self.error}") from self.error
 
 
 class Channel(ABC):
@@ -164,10 +176,9 @@ class InlineChannel(Channel):
     asynchronous = False
 
     def _carry(self, transfer: Transfer, task: Task) -> None:
-        error = transfer.run(task)
+        _run_through(transfer, task)
         transfer.settle()
-        if error:
-            raise CollectiveError(f"{transfer.what}: {error}") from error
+        transfer.check()
 
 
 class StreamChannel(Channel):
@@ -183,21 +194,20 @@ class StreamChannel(Channel):
     def _carry(self, transfer: Transfer, task: Task) -> None:
         self._stream.wait_stream(torch.accelerator.current_stream(self._device))
         with self._stream:
-            error = transfer.run(task)
+            _run_through(transfer, task)
             transfer.follows(self._stream.record_event())
         transfer.settle()
-        if error:
-            raise CollectiveError(f"{transfer.what}: {error}") from error
+        transfer.check()
 
 
 class ThreadChannel(Channel):
-    """Tasks run one after the other in a thread. It ends with the channel, and does not keep a process from ending."""
+    """Tasks run in order in a thread. It ends with the channel, and does not keep a process from ending."""
 
     asynchronous = True
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self._queue: queue.SimpleQueue[tuple[Transfer, Task] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_UnderWay | None] = queue.SimpleQueue()
         self._name = name
         self._started = False
 
@@ -206,21 +216,63 @@ class ThreadChannel(Channel):
             self._started = True
             threading.Thread(target=_carry_all, args=(self._queue,), name=self._name, daemon=True).start()
             weakref.finalize(self, self._queue.put, None)
-        self._queue.put((transfer, task))
+        self._queue.put(_UnderWay(transfer, _steps(task)))
 
 
-def _carry_all(waiting: queue.SimpleQueue[tuple[Transfer, Task] | None]) -> None:
+class _UnderWay:
+    """A transfer in a thread, and what is left to do of its task."""
+
+    def __init__(self, transfer: Transfer, steps: Iterator[None]) -> None:
+        self.transfer = transfer
+        self._steps: Iterator[None] | None = steps
+
+    @property
+    def over(self) -> bool:
+        return self._steps is None
+
+    def go_on(self, broken: BaseException | None) -> None:
+        """To where it gives way or to the end; not at all if something ahead of it has broken."""
+        if broken is not None:
+            self.transfer.error = broken
+        if broken is not None or not self.transfer.run(self._steps or iter(())):
+            self._steps = None  # the tensors of a task are free before anybody goes on
+
+
+def _carry_all(waiting: queue.SimpleQueue[_UnderWay | None]) -> None:
+    under_way: deque[_UnderWay] = deque()
     broken: BaseException | None = None
+    ended = False
     with torch.no_grad():
-        while (item := waiting.get()) is not None:
-            transfer, task = item
-            if broken is None:
-                broken = transfer.run(task)
-            else:
-                transfer.fail(broken)
-            del item, task  # the tensors of a task are free before anybody goes on
-            transfer.settle()
-            del transfer
+        while under_way or not ended:
+            with suppress(queue.Empty):
+                while not ended and len(under_way) < _MOST_UNDER_WAY and not (under_way and under_way[-1].over):
+                    item = waiting.get(block=not under_way)
+                    if item is None:
+                        ended = True
+                    else:
+                        item.go_on(broken)
+                        under_way.append(item)
+            item = None  # nothing is kept here
+            if under_way:
+                broken = _end(under_way.popleft(), broken)
+
+
+def _end(item: _UnderWay, broken: BaseException | None) -> BaseException | None:
+    """What was begun first. What is broken then."""
+    while not item.over:
+        item.go_on(broken)
+    item.transfer.settle()
+    return broken or item.transfer.error
+
+
+def _steps(task: Task) -> Iterator[None]:
+    yield from task() or ()
+
+
+def _run_through(transfer: Transfer, task: Task) -> None:
+    steps = _steps(task)
+    while transfer.run(steps):
+        pass
 
 
 def channel_for(device: torch.device, backend: str, name: str, *, own_stream: bool = False) -> Channel:

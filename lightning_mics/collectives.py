@@ -136,6 +136,13 @@ class Collectives(ABC):
         The result is the same bit for bit on every rank.
         """
 
+    def begin_all_reduce(self, buffer: Tensor) -> Callable[[], None]:
+        """Send at once what can be sent at once; the all-reduce is done when what this returns has run.
+
+        Those that were begun are finished in that order, the same on every rank.
+        """
+        return partial(self.all_reduce, buffer)
+
 
 # -- the readable twins ------------------------------------------------------------------------------------------------
 

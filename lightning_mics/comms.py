@@ -7,6 +7,7 @@ it happens behind the computation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mics.channels import Transfer, naming
+from lightning_mics.flat import ShardGradient, together
 from lightning_mics.groups import Groups
 from lightning_mics.wire import Traffic
 
@@ -76,18 +79,26 @@ class BlockGather:
 class HopOne:
     """Hop 1 of one block: reduce-scatters of its gradients in the partition group, added to the shards' `.grad`.
 
-    The engine adds what it finds in the output to `.grad` at once. Here it finds zeros, and the mean over the partition
-    group is added when it has come. While `holds`, the gradients of all ranks stay whole and are summed here instead;
-    the next hop 1 takes them along.
+    The engine makes the output `.grad`, or adds it to that, at once. Here it finds zeros in it, or is given the very
+    memory of `.grad`, with the window's sums; the mean over the partition group is added when it has come. While
+    `holds`, the gradients of all ranks stay whole and are summed here instead; the next hop 1 takes them along.
 
     Args:
         name: the block's, for people.
+        parameters: the block's.
         traffic: hop 1 of all blocks.
         partition_size: p, by which sums are divided.
         most_under_way: blocks whose gradients may be on their way at a time.
     """
 
-    def __init__(self, name: str, traffic: Traffic, partition_size: int, most_under_way: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[nn.Parameter],
+        traffic: Traffic,
+        partition_size: int,
+        most_under_way: int,
+    ) -> None:
         self.holds = False
         self.transfer: Transfer | None = None
         """The last hop 1, under way or over."""
@@ -98,20 +109,40 @@ class HopOne:
         self._most_under_way = most_under_way
         self._held: Tensor | None = None
         self._buffer: Tensor | None = None
+        self._all = tuple(parameters)
         self._parameters: list[nn.Parameter] = []
-        self._awaited = 0
+        self._slot_numel = self._awaited = 0
+        self._output_is_sums = False
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for gradients, once there is room for one more block's; see `blocks_whole`."""
+        """Memory: for gradients, once there is room for one more block's, see `blocks_whole`; then for the output."""
         self._channel.drain(leave=self._most_under_way - 1)
-        return torch.empty(*size, dtype=dtype, device=device)
+        memory = self._sums_so_far(math.prod(map(int, size)), dtype, device)
+        self._output_is_sums = memory is not None
+        return torch.empty(*size, dtype=dtype, device=device) if memory is None else memory
+
+    def _sums_so_far(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The memory of `.grad`, which has none from here on, where it is what the engine asks for as output."""
+        if numel != self._slot_numel or {*self._parameters} != {p for p in self._all if p.requires_grad}:
+            return None  # the input, or gradients of others than the last time
+        gradients = self._gradients()
+        flat = together(gradients) if gradients is not None else None
+        if flat is None or flat.dtype != dtype or flat.device != device:
+            return None
+        if any(param.dtype != dtype for param in self._parameters):
+            return None  # the engine would round the sums to it
+        for param in self._parameters:
+            param.grad = None
+        return flat
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
         """Take a micro-step's gradients, laid out by the engine as one slot a rank. `arrived` tells whose they are."""
-        output_tensor.zero_()
-        self._parameters, self._awaited = [], output_tensor.numel()
+        if not self._output_is_sums:
+            output_tensor.zero_()
+        self._parameters, self._slot_numel = [], output_tensor.numel()
+        self._awaited = self._slot_numel
         self._buffer, self._held = self._with_held(input_tensor), None
         return None
 
@@ -155,26 +186,36 @@ class HopOne:
             self.transfer = None
 
     def _begin(self) -> None:
-        assert self._buffer is not None
-        targets = [param.grad.to_local() for param in self._parameters]  # type: ignore[union-attr,attr-defined]
-        sizes = [padded_numel(param, self._partition_size) for param in self._parameters]
+        gradients = self._gradients()
+        assert self._buffer is not None and gradients is not None
         buffer, self._buffer = self._buffer, None
         small_range = buffer.dtype == torch.float16
         if small_range:
             buffer.div_(self._partition_size)
         with naming(f"reduce-scatter of {self._name}") as what:
             finish = self._collectives.begin_reduce_scatter(buffer)
-        task = partial(self._add, finish, 1 if small_range else self._partition_size, targets, sizes)
+        task = partial(self._add, finish, 1 if small_range else self._partition_size, gradients)
         self.transfer = self._channel.submit(task, what)
         if buffer.device.type != "cpu":
             # The block behind waits for it in `allocate`, on the stream whose memory it is. Left to the allocator
             # (`record_stream`), memory would come back when the device is through, and the host is far ahead of that.
             self._channel.keep(buffer, torch.accelerator.current_stream(buffer.device).record_event())
 
-    def _add(self, finish: Callable[[], Tensor], divisor: int, targets: list[Tensor], sizes: list[int]) -> None:
+    def _gradients(self) -> list[ShardGradient] | None:
+        """Those of the last micro-step's parameters, in the order of the layout; None unless all have one."""
+        locals_ = [param.grad.to_local() for param in self._parameters if isinstance(param.grad, DTensor)]
+        if len(locals_) < len(self._parameters):
+            return None
+        return [*map(ShardGradient, locals_, (padded_numel(p, self._partition_size) for p in self._parameters))]
+
+    def _add(self, finish: Callable[[], Tensor], divisor: int, gradients: Sequence[ShardGradient]) -> None:
         total = finish().div_(divisor)
-        for target, piece in zip(targets, total.split(sizes), strict=True):
-            target.add_(piece[: target.numel()].view_as(target))
+        flat = together(gradients)
+        if flat is not None and flat.dtype == total.dtype:
+            flat.add_(total)
+            return
+        for gradient, mean in zip(gradients, total.split([gradient.room for gradient in gradients]), strict=True):
+            gradient.local.add_(mean[: gradient.local.numel()].view_as(gradient.local))
 
 
 def padded_numel(param: nn.Parameter, partition_size: int) -> int:

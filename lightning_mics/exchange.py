@@ -6,9 +6,9 @@ What a rank can send at once leaves when a collective is begun, in the caller's 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, zip_longest
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,9 @@ _Result = TypeVar("_Result")
 CHUNK_BYTES = 1 << 20
 """What one stage hands to the next at most at a time; less where a slot would not make `_CHUNKS` of it."""
 _CHUNKS, _LEAST_CHUNK_BYTES = 4, 1 << 16
-_TAGS, _LANES = 1 << 24, 2  # of messages: more than can be under way, and all tags fit 31 bits
+_CHUNKS_AHEAD = 2  # asked for before the first is waited for
+_TAGS = 1 << 24  # of messages: more than can be under way, and all tags fit 31 bits
+_STEPS = 4  # of an all-reduce
 
 
 class Exchange(Collectives):
@@ -44,7 +46,7 @@ class Exchange(Collectives):
         nodes, k = self._hierarchical.nodes, self._hierarchical.per_node
         intra, inter = self._network.intra, self._network.inter
         crossing = (nodes - 1) * slot_bytes
-        passing = min(slot_bytes, _chunk_bytes(slot_bytes)) * (k - 1)
+        passing = min(slot_bytes, _chunk_bytes(slot_bytes, nodes)) * (k - 1)
         return inter.seconds(crossing) + intra.seconds(passing), inter.seconds(crossing * k)
 
     def all_gather(self, buffer: Tensor) -> None:
@@ -53,7 +55,9 @@ class Exchange(Collectives):
     def begin_all_gather(self, buffer: Tensor) -> Callable[[], None]:
         slots = buffer.view(self._hierarchical.size, -1).unbind()
         tiers, narrow = self.tiers_for(slots[0].nbytes), self.crossing_dtype(buffer.dtype)
-        return _Gather(slots, tiers, self._numbering, narrow).finish
+        gather = _Gather(slots, tiers, self._numbering, narrow)
+        gather.send()
+        return gather.finish
 
     def reduce_scatter(self, buffer: Tensor, out: Tensor | None = None) -> Tensor:
         total = self.begin_reduce_scatter(buffer)()
@@ -64,30 +68,47 @@ class Exchange(Collectives):
         return _Reduction(slots, self.tiers_for(slots[0].nbytes), self._numbering, None).finish
 
     def all_reduce(self, buffer: Tensor) -> None:
+        self.begin_all_reduce(buffer)()
+
+    def begin_all_reduce(self, buffer: Tensor) -> Callable[[], None]:
         slots = buffer.tensor_split(self._hierarchical.size)
         tiers = self.tiers_for(slots[0].nbytes)
         narrow = self.crossing_dtype(buffer.dtype)
-        _Reduction(slots, tiers, self._numbering, narrow).finish()
-        if narrow is not None and tiers.nodes > 1:  # as every other node will have it
-            slots[tiers.index].copy_(slots[tiers.index].to(narrow))
-        _Gather(slots, tiers, self._numbering, narrow).finish()
+        # Who is asked for a sum has what was sent for it, by then: the memory is free. Asked for late, it would wait
+        # behind all that goes the other way.
+        gather = _Gather(slots, tiers, self._numbering, narrow, step=2)
+        reduction = _Reduction(slots, tiers, self._numbering, narrow, chunks_ahead=len(buffer))
+
+        def finish() -> None:
+            own = reduction.finish()
+            if narrow is not None and tiers.nodes > 1:  # as every other node will have it
+                own.copy_(own.to(narrow))
+            gather.send()
+            gather.finish()
+
+        return finish
 
 
 class _Stages:
     """What a gather and a reduction share: slots, and the ranks with whom they are exchanged on each tier.
 
-    Messages inside the node that leave when this is made, and those that leave later, are numbered apart.
+    What leaves when this is made is numbered apart from what leaves a step later, where it is finished: the next may be
+    begun before that, or after.
     """
 
     def __init__(
-        self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None
+        self,
+        slots: Sequence[Tensor],
+        tiers: Tiers,
+        numbering: _Numbering,
+        narrow: torch.dtype | None,
+        step: int = 0,
     ) -> None:
         self._slots = slots
         self._tiers = tiers
         self._own = slots[tiers.index]
-        self._between = _Peers(tiers, "inter_node", numbering, narrow=narrow)
-        self._first = _Peers(tiers, "intra_node", numbering)
-        self._later = _Peers(tiers, "intra_node", numbering, lane=1)
+        self._between = _Peers(tiers, "inter_node", numbering, step, narrow)
+        self._inside = _Peers(tiers, "intra_node", numbering, step)
 
     def _slot(self, nodes: int, ranks: int = 0) -> Tensor:
         """That of the rank so many nodes ahead and, in its node, so many places ahead; behind where negative."""
@@ -95,97 +116,125 @@ class _Stages:
         node, local = (tiers.node + nodes) % tiers.nodes, (tiers.local + ranks) % tiers.per_node
         return self._slots[node * tiers.per_node + local]
 
+    def _next_step(self) -> None:
+        self._between.step += 1
+        self._inside.step += 1
+
     def _finish_all(self) -> None:
-        for peers in (self._between, self._first, self._later):
-            peers.finish_all()
+        self._between.finish_all()
+        self._inside.finish_all()
 
 
 class _Gather(_Stages):
     """Fills `slots` from the ranks whose they are: chunk by chunk between nodes, and each on inside the node.
 
-    All that is this rank's own is on its way when this is made; `finish` waits, and passes on what came.
+    What the other ranks send can be received when this is made; `send` gives them this rank's own, and `finish` waits,
+    and passes on what came.
     """
 
     def __init__(
-        self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None
+        self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None, step: int = 0
     ) -> None:
-        super().__init__(slots, tiers, numbering, narrow)
-        chunks = _chunks(slots)
-        for chunk in chunks:
-            for step in self._between.steps:
-                self._between.send(self._own[chunk], step)
+        super().__init__(slots, tiers, numbering, narrow, step)
+        self._chunks = _chunks(slots, tiers) if self._between.steps else []
         self._arriving = [
             (self._between.receive(self._slot(-step)[chunk], step), step, chunk)
-            for chunk in chunks
+            for chunk in self._chunks
             for step in self._between.steps
         ]
-        for peer in self._first.steps:
-            self._first.send(self._own, peer)
-            self._first.receive(self._slot(0, -peer), peer)
+        for peer in self._inside.steps:
+            self._inside.receive(self._slot(0, -peer), peer)
+
+    def send(self) -> None:
+        """All that is this rank's own."""
+        for chunk in self._chunks:
+            for step in self._between.steps:
+                self._between.send(self._own[chunk], step)
+        for peer in self._inside.steps:
+            self._inside.send(self._own, peer)
 
     def finish(self) -> None:
         """Return when every slot is full."""
+        self._next_step()
         for message, step, chunk in self._arriving:
             self._between.finish(message)
-            for peer in self._later.steps:
-                self._later.send(self._slot(-step)[chunk], peer)
-                self._later.receive(self._slot(-step, -peer)[chunk], peer)
+            for peer in self._inside.steps:
+                self._inside.send(self._slot(-step)[chunk], peer)
+                self._inside.receive(self._slot(-step, -peer)[chunk], peer)
         self._finish_all()
 
 
 class _Reduction(_Stages):
     """Adds every rank's slots up where they belong: inside the node first, and what is for other nodes goes on.
 
-    This rank's slot holds the sum; the others hold partial sums. What is asked for first is on its way when this is
-    made; `finish` waits, adds, and passes on.
+    This rank's slot holds the sum; the others hold partial sums. What has nothing to wait for is on its way when this
+    is made, up to `chunks_ahead`; `finish` waits, adds, and passes on.
     """
 
     def __init__(
-        self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None
+        self,
+        slots: Sequence[Tensor],
+        tiers: Tiers,
+        numbering: _Numbering,
+        narrow: torch.dtype | None,
+        chunks_ahead: int = _CHUNKS_AHEAD,
     ) -> None:
         super().__init__(slots, tiers, numbering, narrow)
+        self._chunks_ahead = chunks_ahead
         steps = (*self._between.steps, 0)  # other nodes' first: they have further to go
-        self._rounds = [(chunk, step) for chunk in _chunks(slots) for step in steps]
-        self._asked = self._ask(self._first, *self._rounds[0]) if self._rounds else []
+        self._rounds = deque((chunk, step) for chunk in _chunks(slots, tiers) for step in steps)
+        self._incoming: list[_Message] = []
+        self._crossing: deque[tuple[Tensor, list[_Message]]] = deque()
+        self._asked = self._ask_for_next()
+        while self._rounds and not self._asked and len(self._crossing) < self._chunks_ahead:
+            self._round()
 
     def finish(self) -> Tensor:
         """This rank's slot, when the sum is there."""
-        crossing: list[tuple[Tensor, list[_Message]]] = []
-        incoming: list[_Message] = []
-        asked, self._asked = self._asked, []
-        for (chunk, step), following in zip_longest(self._rounds, self._rounds[1:]):
-            arriving, asked = asked, self._ask(self._later, *following) if following else []
-            mine = self._slot(step)[chunk]
-            self._later.add(mine, arriving)
-            if step:
-                self._between.send(mine, step)
-                incoming.append(self._between.receive(torch.empty_like(self._own[chunk]), step))
-                continue
-            crossing.append((mine, incoming))
-            incoming = []
-            if len(crossing) > 1:
-                self._between.add(*crossing.pop(0))
-        for mine, parts in crossing:
+        self._next_step()
+        while self._rounds:
+            self._round()
+            if len(self._crossing) > self._chunks_ahead:
+                self._between.add(*self._crossing.popleft())
+        for mine, parts in self._crossing:
             self._between.add(mine, parts)
         self._finish_all()
         return self._own
 
-    def _ask(self, inside: _Peers, chunk: slice, step: int) -> list[_Message]:
-        """Send what is for the other ranks of this node to reduce, and receive what is for this one."""
-        for peer in inside.steps:
-            inside.send(self._slot(step, peer)[chunk], peer)
-        return [inside.receive(torch.empty_like(self._slot(step)[chunk]), peer) for peer in inside.steps]
+    def _round(self) -> None:
+        """Add up inside the node what is to go so many nodes ahead, and send it there."""
+        chunk, step = self._rounds.popleft()
+        arriving, self._asked = self._asked, self._ask_for_next()
+        mine = self._slot(step)[chunk]
+        self._inside.add(mine, arriving)
+        if step:
+            self._between.send(mine, step)
+            self._incoming.append(self._between.receive(torch.empty_like(self._own[chunk]), step))
+        else:
+            self._crossing.append((mine, self._incoming))
+            self._incoming = []
+
+    def _ask_for_next(self) -> list[_Message]:
+        """Send what the other ranks of this node will add up in the next round, and receive what this one will."""
+        if not self._rounds:
+            return []
+        chunk, step = self._rounds[0]
+        for peer in self._inside.steps:
+            self._inside.send(self._slot(step, peer)[chunk], peer)
+        mine = self._slot(step)[chunk]
+        return [self._inside.receive(torch.empty_like(mine), peer) for peer in self._inside.steps]
 
 
-def _chunks(slots: Sequence[Tensor]) -> list[slice]:
+def _chunks(slots: Sequence[Tensor], tiers: Tiers) -> list[slice]:
     """Slices of the longest slot, the same on every rank. A shorter slot has fewer values in the last."""
     slot = max(slots, key=Tensor.numel)
-    numel = max(1, _chunk_bytes(slot.nbytes) // slot.itemsize)
+    numel = max(1, _chunk_bytes(slot.nbytes, tiers.nodes) // slot.itemsize)
     return [slice(start, start + numel) for start in range(0, slot.numel(), numel)]
 
 
-def _chunk_bytes(slot_bytes: int) -> int:
-    return min(CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, slot_bytes // _CHUNKS))
+def _chunk_bytes(slot_bytes: int, nodes: int) -> int:
+    """Inside a node there is no other tier to keep busy, and each message has its price."""
+    return CHUNK_BYTES if nodes == 1 else min(CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, slot_bytes // _CHUNKS))
 
 
 class _Message:
@@ -203,27 +252,27 @@ class _Numbering:
     def __init__(self) -> None:
         self._counts: defaultdict[tuple[Any, ...], Iterator[int]] = defaultdict(count)
 
-    def next(self, group: dist.ProcessGroup, lane: int, *route: object) -> int:
-        """A tag. Lanes are numbered apart, as they may be used by different threads."""
-        return next(self._counts[group, lane, *route]) % _TAGS * _LANES + lane
+    def next(self, group: dist.ProcessGroup, step: int, *route: object) -> int:
+        """A tag. Steps are numbered apart: what leaves in one of them leaves in the same order on every rank."""
+        return next(self._counts[group, step, *route]) % _TAGS * _STEPS + step
 
 
 class _Peers:
     """Messages on one tier, to and from the ranks that are some steps ahead and behind.
 
-    They travel in the dtype `narrow`, where given.
+    They travel in the dtype `narrow`, where given, and are numbered with those that leave in the step `step`.
     """
 
     def __init__(
-        self, tiers: Tiers, tier: str, numbering: _Numbering, *, lane: int = 0, narrow: torch.dtype | None = None
+        self, tiers: Tiers, tier: str, numbering: _Numbering, step: int, narrow: torch.dtype | None = None
     ) -> None:
+        self.step = step
         self._group: dist.ProcessGroup | None = getattr(tiers, tier)
         self._place, size = (tiers.node, tiers.nodes) if tier == "inter_node" else (tiers.local, tiers.per_node)
         self._size = size if self._group is not None else 1
         self._name = "between nodes" if tier == "inter_node" else "inside the node"
         self._narrow = narrow
         self._numbering = numbering
-        self._lane = lane
         self._under_way: set[_Message] = set()
         self.steps = range(1, self._size)
 
@@ -239,9 +288,9 @@ class _Peers:
         carried = tensor if self._narrow is None else torch.empty_like(tensor, dtype=self._narrow)
         return self._begin(lambda: dist.irecv(carried, group=self._group, group_src=source, tag=tag), carried, tensor)
 
-    def _tag(self, direction: str, step: int) -> int:
+    def _tag(self, direction: str, ahead: int) -> int:
         assert self._group is not None
-        return self._numbering.next(self._group, self._lane, direction, step)
+        return self._numbering.next(self._group, self.step, direction, ahead)
 
     def add(self, total: Tensor, incoming: Sequence[_Message]) -> None:
         """Add to `total` what is on its way, rounding once."""

@@ -11,7 +11,7 @@ shard, and a checkpoint sees the parameter's shape, sharded otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -141,13 +141,17 @@ class OptimizerShards:
         task = partial(self._reduce, gradients, rooms, out, hop_1)
         return Mean(self._channel.submit(task, f"hop 2 of {name}"), params, rooms, out)
 
-    def _reduce(self, gradients: Sequence[Tensor], rooms: Sequence[int], out: Tensor, hop_1: Transfer | None) -> None:
+    def _reduce(
+        self, gradients: Sequence[Tensor], rooms: Sequence[int], out: Tensor, hop_1: Transfer | None
+    ) -> Iterator[None]:
         if hop_1 is not None:
             hop_1.wait()
         slots = out.new_empty(self._replicas, out.numel())
         for gradient, offset in zip(gradients, _offsets(rooms), strict=True):
             _spread(gradient, slots, offset)
-        self._collectives.reduce_scatter(slots.view(-1), out).div_(len(slots))
+        finish = self._collectives.begin_reduce_scatter(slots.view(-1))
+        yield
+        torch.div(finish(), self._replicas, out=out)
 
     @torch.no_grad()
     def take_over(self, mean: Mean) -> None:
@@ -183,11 +187,13 @@ class OptimizerShards:
         task = partial(self._gather, pairs, [room(param, self._groups) for param in params])
         self._under_way[bucket] = self._channel.submit(task, f"updates of {name}")
 
-    def _gather(self, pairs: Sequence[tuple[Tensor, Tensor]], rooms: Sequence[int]) -> None:
+    def _gather(self, pairs: Sequence[tuple[Tensor, Tensor]], rooms: Sequence[int]) -> Iterator[None]:
         slots = pairs[0][0].new_empty(self._replicas, sum(rooms))
         for (_, rows), offset in zip(pairs, _offsets(rooms), strict=True):
             slots[self._replica, offset : offset + rows.numel()] = rows.reshape(-1)
-        self._collectives.all_gather(slots.view(-1))
+        finish = self._collectives.begin_all_gather(slots.view(-1))
+        yield
+        finish()
         for (shard, _), offset in zip(pairs, _offsets(rooms), strict=True):
             _collect(slots, offset, shard)
 

@@ -324,7 +324,7 @@ def shard(
 
     root.blocks = found
     root.wire = Wire.create(groups, network, precision.between_nodes)
-    _install_comms(root)
+    _install_comms(root, slots)
     _install_window(root, slots)
     _finish_updates_before_state_dicts(root)
     root.set_rung(rung, memory_budget)
@@ -377,7 +377,7 @@ def _policy(precision: Precision, params: Sequence[Tensor]) -> MixedPrecisionPol
     )
 
 
-def _install_comms(root: MiCSModule) -> None:
+def _install_comms(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
     """Gathers and hop 1 of our own."""
     gather, hop_1 = root.wire.gather, root.wire.hop_1
     if gather is None or hop_1 is None:
@@ -385,7 +385,8 @@ def _install_comms(root: MiCSModule) -> None:
     p = root.groups.topology.partition_size
     for name, module in _gathering(root).items():
         root.gathers[module] = BlockGather(name or OUTSIDE, gather)
-        root.hops_1[module] = HopOne(name or OUTSIDE, hop_1, p, most_under_way=blocks_whole(root.groups) - 1)
+        parameters = _parameters_at(slots[name])
+        root.hops_1[module] = HopOne(name or OUTSIDE, parameters, hop_1, p, blocks_whole(root.groups) - 1)
         module.set_custom_all_gather(root.gathers[module])
         module.set_custom_reduce_scatter(root.hops_1[module])
         module.set_gradient_divide_factor(1.0)  # hop 1 divides, once its sum has come

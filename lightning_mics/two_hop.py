@@ -14,7 +14,7 @@ of its own piece, with the optimizer; see `optimizer_shards`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +26,10 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mics._compat import allow_wide_gradients
 from lightning_mics.block_order import BlockOrder
-from lightning_mics.channels import Transfer
+from lightning_mics.channels import Task, Transfer
 from lightning_mics.climb import Climb
 from lightning_mics.comms import HopOne, padded_numel
+from lightning_mics.flat import ShardGradient, together
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import Gradients, Rung
 from lightning_mics.optimizer_shards import Mean, OptimizerShards
@@ -286,7 +287,7 @@ class Window:
             self._launch(self._launched)
         if used is not None and self._hop_2 is not None:
             # In the same place of the order on every rank: before the last bucket, which has its hop 1 to wait for.
-            self._carry(partial(self._hop_2.collectives.all_reduce, used), "hop 2 of parameters' usage")
+            self._carry(partial(self._all_reduce, used), "hop 2 of parameters' usage")
         self._launch(self._launched)
         for transfer in self._in_flight:
             transfer.wait()
@@ -317,7 +318,8 @@ class Window:
             params = [p for p in params if not self.optimizer_shards.holds(p)]
         if params:
             shards = [
-                _Shard(self._local_gradient(p), padded_numel(p, self._groups.topology.partition_size)) for p in params
+                ShardGradient(self._local_gradient(p), padded_numel(p, self._groups.topology.partition_size))
+                for p in params
             ]
             self._carry(partial(self._average, shards, hop_1), f"hop 2 of {bucket.name}")
 
@@ -328,21 +330,26 @@ class Window:
             if params := [p for p in bucket.parameters if self.optimizer_shards.steps(p)]:
                 self.optimizer_shards.begin_gather(bucket.block, bucket.name, params)
 
-    def _carry(self, task: Callable[[], None], what: str) -> None:
+    def _carry(self, task: Task, what: str) -> None:
         assert self._hop_2 is not None
         self._in_flight.append(self._hop_2.channel.submit(task, what))
 
-    def _average(self, shards: Sequence[_Shard], hop_1: Transfer | None) -> None:
+    def _all_reduce(self, buffer: Tensor) -> Iterator[None]:
         assert self._hop_2 is not None
+        finish = self._hop_2.collectives.begin_all_reduce(buffer)
+        yield
+        finish()
+
+    def _average(self, shards: Sequence[ShardGradient], hop_1: Transfer | None) -> Iterator[None]:
         if hop_1 is not None:
             hop_1.wait()
-        flat = _common_storage(shards)
+        flat = together(shards)
         gathered = torch.cat([shard.padded() for shard in shards]) if flat is None else flat
-        self._hop_2.collectives.all_reduce(gathered)
+        yield from self._all_reduce(gathered)
         gathered.div_(self._groups.topology.replicas)
         if flat is None:
             for shard, mean in zip(shards, gathered.split([shard.room for shard in shards]), strict=True):
-                shard.gradient.copy_(mean[: shard.gradient.numel()].view_as(shard.gradient))
+                shard.local.copy_(mean[: shard.local.numel()].view_as(shard.local))
 
     def _local_gradient(self, param: nn.Parameter) -> Tensor:
         """This rank's part of `param.grad`, made of zeros where there is none."""
@@ -391,30 +398,3 @@ class Window:
 
     def _is_narrow(self, param: Tensor) -> bool:
         return param.dtype.is_floating_point and param.dtype.itemsize < self._sum_dtype.itemsize
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A rank's part of a gradient, and how many elements every rank of its partition group has room for."""
-
-    gradient: Tensor
-    room: int
-
-    def padded(self) -> Tensor:
-        return torch.nn.functional.pad(self.gradient.reshape(-1), (0, self.room - self.gradient.numel()))
-
-
-def _common_storage(shards: Sequence[_Shard]) -> Tensor | None:
-    """The memory in which the gradients lie one behind the other, as hop 1 leaves them; None if they lie otherwise."""
-    first = shards[0].gradient
-    storage, room = first.untyped_storage(), sum(shard.room for shard in shards)
-    if storage.nbytes() != room * first.itemsize:
-        return None
-    offset = 0
-    for shard in shards:
-        gradient = shard.gradient
-        same = gradient.untyped_storage().data_ptr() == storage.data_ptr() and gradient.dtype == first.dtype
-        if not (same and gradient.is_contiguous() and gradient.storage_offset() == offset):
-            return None
-        offset += shard.room
-    return first.as_strided((room,), (1,), 0)

@@ -115,8 +115,8 @@ def buffers_under_way() -> tuple[list[str], list[bool]]:
     streams = {name: _Stream(name, log) for name in ("computing", "reducing", "hop 2")}
     tiers = Groups.create(Topology(1, 1, 1), "cpu").partition_group
     traffic = Traffic(_Sum(), InlineChannel())  # type: ignore[arg-type]
-    hop_1 = HopOne("a block", traffic, partition_size=1, most_under_way=1)
     shard = nn.Parameter(DTensor.from_local(torch.ones(4), DeviceMesh.from_group(tiers, "cpu"), [Shard(0)]))
+    hop_1 = HopOne("a block", [shard], traffic, partition_size=1, most_under_way=1)
     shard.grad = torch.zeros_like(shard)
     with patch("torch.accelerator.current_stream", lambda *_: streams[log_of[-1]]):
         log_of = ["computing"]

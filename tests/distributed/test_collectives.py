@@ -404,7 +404,8 @@ def test_a_gather_without_one_of_its_ranks_is_never_used(dies: bool, tmp_path: P
     for rank in set(range(4)) - {MISSING}:
         told, computed = json.loads((tmp_path / str(rank)).read_text())
         assert len(told) == 2
-        assert all(re.fullmatch(f"all-gather of 0: {TIER}", message) for message in told), told
+        # The next one's is begun before the first one's is waited for, and may be the first to find out.
+        assert all(re.fullmatch(f"all-gather of [01]: {TIER}", message) for message in told), told
         assert computed == 0
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_mics.channels import Channel, Transfer
+from lightning_mics.channels import Channel, Task, Transfer
 from lightning_mics.groups import Groups
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule, shard
@@ -330,7 +330,7 @@ def test_pieces_cross_between_nodes_as_they_are() -> None:
 
 
 class OnRequest:
-    """Makes a channel carry a task only once somebody waits for it, and notes when that happens."""
+    """Makes a channel end a task only once somebody waits for it, and notes when that happens."""
 
     def __init__(self, channel: Channel, events: list[str]) -> None:
         self._channel, self._events, self._submit = channel, events, channel.submit
@@ -341,13 +341,15 @@ class OnRequest:
     def __exit__(self, *_: object) -> None:
         self._channel.submit = self._submit  # type: ignore[method-assign]
 
-    def _held_back(self, task: Callable[[], None], what: str) -> Transfer:
+    def _held_back(self, task: Task, what: str) -> Transfer:
         asked = threading.Event()
 
-        def carry() -> None:
-            if not asked.wait(300):
+        def carry() -> Iterator[None]:
+            steps = iter(task() or ())
+            yield next(steps, None)
+            if not asked.wait(100):
                 raise AssertionError(f"nobody waited for {what}")
-            task()
+            yield from steps
 
         transfer = self._submit(carry, what)
         wait = transfer.wait
