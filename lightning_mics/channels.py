@@ -59,7 +59,8 @@ class Transfer(dist.Work):
         self.what = what
         self.waited = False
         self.began = self.ended = self.blocked = 0.0
-        self._over = threading.Event()
+        self._under_way = threading.Lock()  # held until it is over: much lighter than an event, and there are many
+        self._under_way.acquire()
         self.error: BaseException | None = None
         self._abandoned = False
         self._event: torch.Event | None = None
@@ -80,7 +81,8 @@ class Transfer(dist.Work):
 
     def settle(self) -> None:
         """It is over."""
-        self._over.set()
+        with suppress(RuntimeError):  # it may be already, if it was abandoned
+            self._under_way.release()
 
     def follows(self, event: torch.Event) -> None:
         """On an accelerator it is done when `event` is: who waits makes the current stream wait for that."""
@@ -89,16 +91,16 @@ class Transfer(dist.Work):
     def abandon(self) -> None:
         """Nobody wants the result any more: whoever waits returns at once."""
         self._abandoned = True
-        self._over.set()
+        self.settle()
 
     @property
     def used(self) -> bool:
         """Whether it went well, and somebody has waited for it or nobody will."""
-        return self._over.is_set() and self.error is None and (self.waited or self._abandoned)
+        return self.is_completed() and self.error is None and (self.waited or self._abandoned)
 
     def is_completed(self) -> bool:
         """Whether a wait would return at once."""
-        return self._over.is_set()
+        return not self._under_way.locked()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Return when it is done.
@@ -109,10 +111,11 @@ class Transfer(dist.Work):
         self.waited = True
         if self._event is not None:
             torch.accelerator.current_stream().wait_event(self._event)
-        if not self._over.is_set():
+        if self._under_way.locked():
             begun = time.perf_counter()
-            if not self._over.wait(timeout.total_seconds() if timeout else None):
+            if not self._under_way.acquire(timeout=timeout.total_seconds() if timeout else -1):
                 raise CollectiveError(f"{self.what} is not done after {timeout}")
+            self.settle()  # for whoever else waits
             self.blocked += time.perf_counter() - begun
         if not self._abandoned:
             self.check()

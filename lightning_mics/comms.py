@@ -109,29 +109,28 @@ class HopOne:
         self._most_under_way = most_under_way
         self._held: Tensor | None = None
         self._buffer: Tensor | None = None
-        self._all = tuple(parameters)
+        self._rooms = {param: padded_numel(param, partition_size) for param in parameters}
         self._parameters: list[nn.Parameter] = []
         self._slot_numel = self._awaited = 0
-        self._output_is_sums = False
+        self._sums: Tensor | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory: for gradients, once there is room for one more block's, see `blocks_whole`; then for the output."""
         self._channel.drain(leave=self._most_under_way - 1)
-        memory = self._sums_so_far(math.prod(map(int, size)), dtype, device)
-        self._output_is_sums = memory is not None
-        return torch.empty(*size, dtype=dtype, device=device) if memory is None else memory
+        self._sums = self._sums_so_far(math.prod(map(int, size)), dtype, device)
+        return torch.empty(*size, dtype=dtype, device=device) if self._sums is None else self._sums
 
     def _sums_so_far(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The memory of `.grad`, which has none from here on, where it is what the engine asks for as output."""
-        if numel != self._slot_numel or {*self._parameters} != {p for p in self._all if p.requires_grad}:
-            return None  # the input, or gradients of others than the last time
-        gradients = self._gradients()
-        flat = together(gradients) if gradients is not None else None
+        params = self._parameters
+        if not params or numel != self._slot_numel or not all(param.requires_grad for param in params):
+            return None  # it asks for the input, or not for all of these
+        if len(params) < sum(param.requires_grad for param in self._rooms) or params[0].dtype != dtype:
+            return None  # nor for these alone; or it would round the sums
+        flat = together(gradients) if (gradients := self._gradients()) else None
         if flat is None or flat.dtype != dtype or flat.device != device:
             return None
-        if any(param.dtype != dtype for param in self._parameters):
-            return None  # the engine would round the sums to it
-        for param in self._parameters:
+        for param in params:
             param.grad = None
         return flat
 
@@ -139,7 +138,7 @@ class HopOne:
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
         """Take a micro-step's gradients, laid out by the engine as one slot a rank. `arrived` tells whose they are."""
-        if not self._output_is_sums:
+        if self._sums is None:
             output_tensor.zero_()
         self._parameters, self._slot_numel = [], output_tensor.numel()
         self._awaited = self._slot_numel
@@ -158,7 +157,7 @@ class HopOne:
         if self._buffer is None:
             return
         self._parameters.append(param)
-        self._awaited -= padded_numel(param, self._partition_size)
+        self._awaited -= self._rooms[param]
         if self._awaited:
             return
         if self.holds:
@@ -186,7 +185,7 @@ class HopOne:
             self.transfer = None
 
     def _begin(self) -> None:
-        gradients = self._gradients()
+        gradients = self._gradients() if self._sums is None else []
         assert self._buffer is not None and gradients is not None
         buffer, self._buffer = self._buffer, None
         small_range = buffer.dtype == torch.float16
@@ -194,7 +193,7 @@ class HopOne:
             buffer.div_(self._partition_size)
         with naming(f"reduce-scatter of {self._name}") as what:
             finish = self._collectives.begin_reduce_scatter(buffer)
-        task = partial(self._add, finish, 1 if small_range else self._partition_size, gradients)
+        task = partial(self._add, finish, 1 if small_range else self._partition_size, self._sums, gradients)
         self.transfer = self._channel.submit(task, what)
         if buffer.device.type != "cpu":
             # The block behind waits for it in `allocate`, on the stream whose memory it is. Left to the allocator
@@ -203,19 +202,23 @@ class HopOne:
 
     def _gradients(self) -> list[ShardGradient] | None:
         """Those of the last micro-step's parameters, in the order of the layout; None unless all have one."""
-        locals_ = [param.grad.to_local() for param in self._parameters if isinstance(param.grad, DTensor)]
-        if len(locals_) < len(self._parameters):
-            return None
-        return [*map(ShardGradient, locals_, (padded_numel(p, self._partition_size) for p in self._parameters))]
+        gradients = []
+        for param in self._parameters:
+            if not isinstance(param.grad, DTensor):
+                return None
+            gradients.append(ShardGradient(param.grad.to_local(), self._rooms[param]))
+        return gradients
 
-    def _add(self, finish: Callable[[], Tensor], divisor: int, gradients: Sequence[ShardGradient]) -> None:
-        total = finish().div_(divisor)
-        flat = together(gradients)
-        if flat is not None and flat.dtype == total.dtype:
-            flat.add_(total)
+    @staticmethod
+    def _add(
+        finish: Callable[[], Tensor], divisor: int, sums: Tensor | None, gradients: Sequence[ShardGradient]
+    ) -> None:
+        mean = finish().div_(divisor)
+        if sums is not None:
+            sums.add_(mean)
             return
-        for gradient, mean in zip(gradients, total.split([gradient.room for gradient in gradients]), strict=True):
-            gradient.local.add_(mean[: gradient.local.numel()].view_as(gradient.local))
+        for gradient, piece in zip(gradients, mean.split([gradient.room for gradient in gradients]), strict=True):
+            gradient.local.add_(piece[: gradient.local.numel()].view_as(gradient.local))
 
 
 def padded_numel(param: nn.Parameter, partition_size: int) -> int:

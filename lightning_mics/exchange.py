@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,6 @@ from lightning_mics.channels import CollectiveError
 from lightning_mics.collectives import Collectives
 from lightning_mics.groups import Tiers
 from lightning_mics.network import Network
-
-_Result = TypeVar("_Result")
 
 CHUNK_BYTES = 1 << 20
 """What one stage hands to the next at most at a time; less where a slot would not make `_CHUNKS` of it."""
@@ -278,15 +276,15 @@ class _Peers:
 
     def send(self, tensor: Tensor, step: int) -> None:
         """To the rank `step` ahead."""
-        tag, to = self._tag("to", step), (self._place + step) % self._size
         carried = tensor if self._narrow is None else tensor.to(self._narrow)
-        self._begin(lambda: dist.isend(carried, group=self._group, group_dst=to, tag=tag), carried, carried)
+        tag, to = self._tag("to", step), (self._place + step) % self._size
+        self._begin(dist.isend, carried, carried, group_dst=to, tag=tag)
 
     def receive(self, tensor: Tensor, step: int) -> _Message:
         """From the rank `step` behind; it is in `tensor` once the message is finished."""
-        tag, source = self._tag("from", step), (self._place - step) % self._size
         carried = tensor if self._narrow is None else torch.empty_like(tensor, dtype=self._narrow)
-        return self._begin(lambda: dist.irecv(carried, group=self._group, group_src=source, tag=tag), carried, tensor)
+        tag, source = self._tag("from", step), (self._place - step) % self._size
+        return self._begin(dist.irecv, carried, tensor, group_src=source, tag=tag)
 
     def _tag(self, direction: str, ahead: int) -> int:
         assert self._group is not None
@@ -308,7 +306,10 @@ class _Peers:
         self._under_way.discard(message)  # and with it the memory that it came in
         if message.work is None:
             return
-        self._tried(message.work.wait)
+        try:
+            message.work.wait()
+        except RuntimeError as error:
+            raise self._named(error) from error
         message.work = None
         if message.target is not message.carried:
             message.target.copy_(message.carried)
@@ -319,15 +320,15 @@ class _Peers:
         for message in [*self._under_way]:
             self.finish(message)
 
-    def _begin(self, action: Callable[[], dist.Work | None], carried: Tensor, target: Tensor) -> _Message:
-        message = _Message(self._tried(action) if carried.numel() else None, carried, target)
+    def _begin(self, begin: Callable[..., dist.Work | None], carried: Tensor, target: Tensor, **to: Any) -> _Message:
+        try:
+            work = begin(carried, group=self._group, **to) if carried.numel() else None
+        except RuntimeError as error:
+            raise self._named(error) from error
+        message = _Message(work, carried, target)
         self._under_way.add(message)
         return message
 
-    def _tried(self, action: Callable[[], _Result]) -> _Result:
-        try:
-            return action()
-        except RuntimeError as error:
-            assert self._group is not None
-            ranks = dist.get_process_group_ranks(self._group)
-            raise CollectiveError(f"{self._name}, ranks {ranks}: {error}") from error
+    def _named(self, error: RuntimeError) -> CollectiveError:
+        assert self._group is not None
+        return CollectiveError(f"{self._name}, ranks {dist.get_process_group_ranks(self._group)}: {error}")

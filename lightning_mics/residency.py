@@ -85,9 +85,9 @@ class Residency:
     def show_shards(self) -> None:
         """Until the backward or the next forward, put shards where gathered parameters are registered."""
         for module, places in self._places.items():
-            registered = [getattr(owner, name) for owner, name, _ in places]
-            if any(isinstance(param, DTensor) for param in registered):
+            if any(isinstance(getattr(owner, name), DTensor) for owner, name, _ in places):
                 continue
+            registered = [getattr(owner, name) for owner, name, _ in places]
             self._aside[module] = registered
             for owner, name, shard in places:
                 setattr(owner, name, shard)

@@ -139,14 +139,19 @@ def test_only_who_waits_in_vain_is_blocked(gate: Gate) -> None:
     transfer = channel.submit(gate, "the gate")
     with pytest.raises(CollectiveError, match=r"^the gate is not done after 0:00:00\.010000$"):
         transfer.wait(timedelta(milliseconds=10))
-    over = transfer._over.wait
+    lock = transfer._under_way
 
-    def opened(timeout: float | None = None) -> bool:  # the gate, once the caller is blocked, and not before
-        gate.open.set()
-        return over(timeout)
+    class Opening:
+        """The gate opens once the caller is blocked, and not before."""
+
+        locked, release = lock.locked, lock.release
+
+        def acquire(self, timeout: float) -> bool:
+            gate.open.set()
+            return lock.acquire(timeout=timeout)
 
     began = time.perf_counter()
-    with patch.object(transfer._over, "wait", opened):
+    with patch.object(transfer, "_under_way", Opening()):
         transfer.wait()
     first = transfer.blocked
     assert 0 < first <= time.perf_counter() - began
