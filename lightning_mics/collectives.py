@@ -114,12 +114,11 @@ class Collectives(ABC):
         return partial(self.all_gather, buffer)
 
     @abstractmethod
-    def reduce_scatter(self, buffer: Tensor, out: Tensor | None = None) -> Tensor:
-        """The sum over all ranks of this rank's slot, in `out` where given. Collective on `tiers`.
+    def reduce_scatter(self, buffer: Tensor) -> Tensor:
+        """The sum over all ranks of this rank's slot. Collective on `tiers`.
 
         Args:
             buffer: one-dimensional floating-point; a multiple of the ranks. It holds nothing of use afterwards.
-            out: of the size of a slot.
         """
 
     def begin_reduce_scatter(self, buffer: Tensor) -> Callable[[], Tensor]:

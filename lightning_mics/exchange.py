@@ -57,9 +57,8 @@ class Exchange(Collectives):
         gather.send()
         return gather.finish
 
-    def reduce_scatter(self, buffer: Tensor, out: Tensor | None = None) -> Tensor:
-        total = self.begin_reduce_scatter(buffer)()
-        return total if out is None else out.copy_(total)
+    def reduce_scatter(self, buffer: Tensor) -> Tensor:
+        return self.begin_reduce_scatter(buffer)()
 
     def begin_reduce_scatter(self, buffer: Tensor) -> Callable[[], Tensor]:
         slots = buffer.view(self._hierarchical.size, -1).unbind()
@@ -206,21 +205,22 @@ class _Reduction(_Stages):
         mine = self._slot(step)[chunk]
         self._inside.add(mine, arriving)
         if step:
-            self._between.send(mine, step)
             self._incoming.append(self._between.receive(torch.empty_like(self._own[chunk]), step))
+            self._between.send(mine, step)
         else:
             self._crossing.append((mine, self._incoming))
             self._incoming = []
 
     def _ask_for_next(self) -> list[_Message]:
-        """Send what the other ranks of this node will add up in the next round, and receive what this one will."""
+        """Receive what this rank will add up in the next round, and send what the others of this node will."""
         if not self._rounds:
             return []
         chunk, step = self._rounds[0]
+        mine = self._slot(step)[chunk]
+        asked = [self._inside.receive(torch.empty_like(mine), peer) for peer in self._inside.steps]
         for peer in self._inside.steps:
             self._inside.send(self._slot(step, peer)[chunk], peer)
-        mine = self._slot(step)[chunk]
-        return [self._inside.receive(torch.empty_like(mine), peer) for peer in self._inside.steps]
+        return asked
 
 
 def _chunks(slots: Sequence[Tensor], tiers: Tiers) -> list[slice]:

@@ -41,10 +41,10 @@ class Native(Collectives):
             for node, target in enumerate(slots.view(tiers.nodes, -1)):
                 all_gather_single(target, here[node], tiers.intra_node)
 
-    def reduce_scatter(self, buffer: Tensor, out: Tensor | None = None) -> Tensor:
+    def reduce_scatter(self, buffer: Tensor) -> Tensor:
         slots = buffer.view(self._hierarchical.size, -1)
         tiers = self.tiers_for(slots[0].nbytes)
-        total = torch.empty_like(slots[0]) if out is None else out
+        total = torch.empty_like(slots[0])
         if tiers.inter_node is None or tiers.intra_node is None:
             reduce_scatter_single(total, buffer, tiers.everyone)
             return total

@@ -6,7 +6,8 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from unittest.mock import patch
 
@@ -120,7 +121,75 @@ def test_a_task_records_no_gradients() -> None:
     assert torch.is_grad_enabled()
 
 
+def giving_way(name: int, events: list[str], fails: str = "") -> Callable[[], Iterator[None]]:
+    """A task in two parts, each of which says that it has come; one may fail."""
+
+    def task() -> Iterator[None]:
+        for part in ("begins", "ends"):
+            events.append(f"{name} {part}")
+            if fails == part:
+                fail()
+            if part == "begins":
+                yield
+
+    return task
+
+
+def test_a_task_that_gives_way_is_done_to_the_end(channel: Channel) -> None:
+    events: list[str] = []
+    channel.submit(giving_way(0, events), "a task").wait(SOON)
+    assert events == ["0 begins", "0 ends"]
+
+
+def test_where_nothing_runs_beside_the_caller_nothing_gives_way() -> None:
+    events: list[str] = []
+    channel = InlineChannel()
+    channel.submit(giving_way(0, events), "first")
+    channel.submit(giving_way(1, events), "second")
+    assert events == ["0 begins", "0 ends", "1 begins", "1 ends"]
+
+
 # -- a thread ----------------------------------------------------------------------------------------------------------
+
+
+def carried(gate: Gate, *tasks: Callable[[], Iterator[None] | None]) -> list[Transfer]:
+    """What has become of tasks that all waited when the first was begun."""
+    channel = ThreadChannel("test")
+    channel.submit(gate, "the gate")
+    transfers = [channel.submit(task, f"task {index}") for index, task in enumerate(tasks)]
+    gate.open.set()
+    for transfer in transfers:
+        with suppress(CollectiveError):
+            transfer.wait(SOON)
+    return transfers
+
+
+def test_some_behind_are_begun_before_one_that_gives_way_ends(gate: Gate) -> None:
+    """Three at a time: one that is ended, and two that are ready. They end in order."""
+    events: list[str] = []
+    carried(gate, *(giving_way(i, events) for i in range(5)))
+    begun_ahead = "0 begins, 1 begins, 2 begins, 0 ends, 3 begins, 1 ends, 4 begins, 2 ends, 3 ends, 4 ends"
+    assert ", ".join(events) == begun_ahead
+
+
+def test_nothing_is_begun_behind_one_that_does_not_give_way(gate: Gate) -> None:
+    events: list[str] = []
+    carried(gate, giving_way(0, events), lambda: events.append("1"), giving_way(2, events))
+    assert events == ["0 begins", "1", "0 ends", "2 begins", "2 ends"]
+
+
+def test_what_is_ahead_of_a_failure_goes_on_and_what_is_behind_it_does_not(gate: Gate) -> None:
+    events: list[str] = []
+    transfers = carried(gate, *(giving_way(i, events, "begins" if i == 1 else "") for i in range(3)))
+    assert [transfer.error is None for transfer in transfers] == [True, False, False]
+    assert events == ["0 begins", "1 begins", "0 ends"]
+
+
+def test_what_was_begun_behind_a_failure_does_not_go_on(gate: Gate) -> None:
+    events: list[str] = []
+    transfers = carried(gate, *(giving_way(i, events, "ends" if i == 0 else "") for i in range(4)))
+    assert [str(transfer.error) for transfer in transfers] == ["as meant"] * 4
+    assert events == ["0 begins", "1 begins", "2 begins", "0 ends"]
 
 
 def test_the_caller_goes_on_while_a_task_runs(gate: Gate) -> None:

@@ -1,0 +1,156 @@
+"""Hop 1 adds a micro-step's gradients to the window's sums where these lie, and loses none that a user has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_mics.groups import Groups
+from lightning_mics.sharding import MiCSModule, shard
+from lightning_mics.topology import Topology
+from tests.distributed.ranks import run_ranks
+
+WIDTH = 5  # rows that two ranks have to pad
+TOPOLOGY = Topology(4, 4, 2)
+
+
+class Either(nn.Module):
+    """Computes with one of two layers, which have the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, first: bool) -> Tensor:
+        return torch.tanh((self.one if first else self.other)(x))
+
+
+class Net(nn.Module):
+    """Two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Either() for _ in range(2))
+
+    def forward(self, x: Tensor, first: bool = True, second: bool = True) -> Tensor:
+        total = x
+        for layer in self.layers:
+            total = sum((layer(total, chosen) for chosen in {first, second}), total)
+        return total.square().sum()
+
+
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def data(rank: int, micro_step: int) -> Tensor:
+    return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(10 * rank + micro_step))
+
+
+def means(micro_step: int, *path: bool) -> list[Tensor]:
+    """The mean gradients over this rank's partition group, by autograd alone; zeros where there is none."""
+    plain = model()
+    group = TOPOLOGY.partition_groups[TOPOLOGY.replica_of(dist.get_rank())]
+    for rank in group:
+        (plain(data(rank, micro_step), *path) / len(group)).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in plain.parameters()]
+
+
+def backward(root: MiCSModule, micro_step: int, *path: bool) -> None:
+    with root.window.hop_1_only():
+        loss = root(data(dist.get_rank(), micro_step), *path)
+        with root.window.backward():
+            loss.backward()
+
+
+def sharded(one_backward: bool = True) -> tuple[MiCSModule, list[nn.Parameter]]:
+    root = shard(model(), Groups.create(TOPOLOGY, "cpu"), blocks=Either)
+    root.one_backward = one_backward
+    root.window.begin(0)
+    return root, list(root.module.parameters())
+
+
+def addresses(params: list[nn.Parameter]) -> list[int]:
+    return [p.grad.to_local().data_ptr() for p in params]  # type: ignore[union-attr]
+
+
+Change = Callable[[nn.Parameter, Tensor], Tensor]
+
+
+def doubled(param: nn.Parameter, so_far: Tensor) -> Tensor:
+    param.grad = param.grad * 2  # type: ignore[operator]
+    return so_far * 2
+
+
+def scaled_in_place(param: nn.Parameter, so_far: Tensor) -> Tensor:
+    param.grad.mul_(3)  # type: ignore[union-attr]
+    return so_far * 3
+
+
+def cleared(param: nn.Parameter, so_far: Tensor) -> Tensor:
+    param.grad = None
+    return torch.zeros_like(so_far)
+
+
+def _changed(change: Change) -> None:
+    """One parameter's sum is changed after two micro-steps of three."""
+    for changed in range(4):
+        root, params = sharded()
+        for micro_step in range(2):
+            backward(root, micro_step, True, False)
+        wanted = [a + b for a, b in zip(means(0, True, False), means(1, True, False), strict=True)]
+        wanted[changed] = change(params[changed], wanted[changed])
+        backward(root, 2, True, False)
+        for param, total, last in zip(params, wanted, means(2, True, False), strict=True):
+            torch.testing.assert_close(param.grad.full_tensor(), total + last)  # type: ignore[union-attr]
+        root.window.drop()
+
+
+@pytest.mark.parametrize("change", [doubled, scaled_in_place, cleared])
+def test_a_sum_that_was_changed_is_added_to_as_it_is(change: Change) -> None:
+    run_ranks(4, _changed, change)
+
+
+def _frozen() -> None:
+    root, params = sharded()
+    backward(root, 0, True, False)
+    params[1].requires_grad_(False)
+    backward(root, 1, True, False)
+    first, second = means(0, True, False), means(1, True, False)
+    for index, param in enumerate(params):
+        wanted = first[index] if index == 1 else first[index] + second[index]
+        torch.testing.assert_close(param.grad.full_tensor(), wanted)  # type: ignore[union-attr]
+
+
+def test_a_sum_stays_where_its_parameter_was_frozen() -> None:
+    run_ranks(4, _frozen)
+
+
+def _in_place() -> None:
+    root, params = sharded()
+    backward(root, 0, True, False)
+    before = addresses(params)
+    backward(root, 1, True, False)
+    assert addresses(params) == before
+
+
+def test_sums_stay_where_they_are() -> None:
+    run_ranks(4, _in_place)
+
+
+def _taking_turns() -> None:
+    root, params = sharded(one_backward=False)
+    backward(root, 0, True, True)
+    backward(root, 1, False, False)
+    wanted = [a + b for a, b in zip(means(0, True, True), means(1, False, False), strict=True)]
+    for param, total in zip(params, wanted, strict=True):
+        torch.testing.assert_close(param.grad.full_tensor(), total)  # type: ignore[union-attr]
+
+
+def test_parameters_of_one_size_that_take_turns_in_manual_optimization_keep_their_own_sums() -> None:
+    run_ranks(4, _taking_turns)
