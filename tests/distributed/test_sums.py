@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_mics.comms import HopOne
 from lightning_mics.groups import Groups
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
@@ -75,10 +78,6 @@ def sharded(one_backward: bool = True) -> tuple[MiCSModule, list[nn.Parameter]]:
     return root, list(root.module.parameters())
 
 
-def addresses(params: list[nn.Parameter]) -> list[int]:
-    return [p.grad.to_local().data_ptr() for p in params]  # type: ignore[union-attr]
-
-
 Change = Callable[[nn.Parameter, Tensor], Tensor]
 
 
@@ -118,28 +117,38 @@ def test_a_sum_that_was_changed_is_added_to_as_it_is(change: Change) -> None:
 
 def _frozen() -> None:
     root, params = sharded()
+    params[3].requires_grad_(False)
     backward(root, 0, True, False)
     params[1].requires_grad_(False)
+    params[3].requires_grad_(True)
     backward(root, 1, True, False)
     first, second = means(0, True, False), means(1, True, False)
-    for index, param in enumerate(params):
-        wanted = first[index] if index == 1 else first[index] + second[index]
-        torch.testing.assert_close(param.grad.full_tensor(), wanted)  # type: ignore[union-attr]
+    wanted = [first[i] if i == 1 else second[i] if i == 3 else first[i] + second[i] for i in range(len(params))]
+    for param, total in zip(params, wanted, strict=True):
+        torch.testing.assert_close(param.grad.full_tensor(), total)  # type: ignore[union-attr]
 
 
-def test_a_sum_stays_where_its_parameter_was_frozen() -> None:
+def test_a_sum_stays_where_a_parameter_was_frozen_and_another_of_its_size_trains_instead() -> None:
     run_ranks(4, _frozen)
 
 
 def _in_place() -> None:
     root, params = sharded()
-    backward(root, 0, True, False)
-    before = addresses(params)
-    backward(root, 1, True, False)
-    assert addresses(params) == before
+    outputs: list[int] = []
+
+    def noted(self: HopOne, output_tensor: Tensor, **others: Any) -> None:
+        outputs.append(output_tensor.data_ptr())
+        take(self, output_tensor, **others)
+
+    take = HopOne.__call__
+    with patch.object(HopOne, "__call__", noted):
+        for micro_step in range(3):
+            backward(root, micro_step, True, False)
+    firsts = {p.grad.to_local().data_ptr() for p in (params[0], params[4])}  # type: ignore[union-attr]
+    assert {*outputs} == firsts  # each block's, in the first micro-step as well
 
 
-def test_sums_stay_where_they_are() -> None:
+def test_the_engine_is_given_the_memory_of_the_sums() -> None:
     run_ranks(4, _in_place)
 
 
