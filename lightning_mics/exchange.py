@@ -23,7 +23,7 @@ from lightning_mics.network import Network
 CHUNK_BYTES = 1 << 20
 """What one stage hands to the next at most at a time; less where a slot would not make `_CHUNKS` of it."""
 _CHUNKS, _LEAST_CHUNK_BYTES = 4, 1 << 16
-_CHUNKS_AHEAD = 2  # asked for before the first is waited for
+_ASKED_AHEAD = 2  # chunks whose sums are asked for before the first is waited for
 _TAGS = 1 << 24  # of messages: more than can be under way, and all tags fit 31 bits
 _STEPS = 4  # of an all-reduce
 
@@ -74,7 +74,7 @@ class Exchange(Collectives):
         # Who is asked for a sum has what was sent for it, by then: the memory is free. Asked for late, it would wait
         # behind all that goes the other way.
         gather = _Gather(slots, tiers, self._numbering, narrow, step=2)
-        reduction = _Reduction(slots, tiers, self._numbering, narrow, chunks_ahead=len(buffer))
+        reduction = _Reduction(slots, tiers, self._numbering, narrow, asked_ahead=_CHUNKS)
 
         def finish() -> None:
             own = reduction.finish()
@@ -165,7 +165,7 @@ class _Reduction(_Stages):
     """Adds every rank's slots up where they belong: inside the node first, and what is for other nodes goes on.
 
     This rank's slot holds the sum; the others hold partial sums. What has nothing to wait for is on its way when this
-    is made, up to `chunks_ahead`; `finish` waits, adds, and passes on.
+    is made, up to `asked_ahead` chunks; `finish` waits, adds, and passes on.
     """
 
     def __init__(
@@ -174,16 +174,16 @@ class _Reduction(_Stages):
         tiers: Tiers,
         numbering: _Numbering,
         narrow: torch.dtype | None,
-        chunks_ahead: int = _CHUNKS_AHEAD,
+        asked_ahead: int = _ASKED_AHEAD,
     ) -> None:
         super().__init__(slots, tiers, numbering, narrow)
-        self._chunks_ahead = chunks_ahead
+        self._asked_ahead = asked_ahead
         steps = (*self._between.steps, 0)  # other nodes' first: they have further to go
         self._rounds = deque((chunk, step) for chunk in _chunks(slots, tiers) for step in steps)
         self._incoming: list[_Message] = []
         self._crossing: deque[tuple[Tensor, list[_Message]]] = deque()
         self._asked = self._ask_for_next()
-        while self._rounds and not self._asked and len(self._crossing) < self._chunks_ahead:
+        while self._rounds and not self._asked and len(self._crossing) < self._asked_ahead:
             self._round()
 
     def finish(self) -> Tensor:
@@ -191,7 +191,7 @@ class _Reduction(_Stages):
         self._next_step()
         while self._rounds:
             self._round()
-            if len(self._crossing) > self._chunks_ahead:
+            if len(self._crossing) > self._asked_ahead:
                 self._between.add(*self._crossing.popleft())
         for mine, parts in self._crossing:
             self._between.add(mine, parts)
