@@ -23,7 +23,9 @@ __all__ = [
     "all_gather_single",
     "allow_wide_gradients",
     "coalesced",
+    "forget_held_gradients",
     "in_backward",
+    "reduce_held_gradients",
     "reduce_scatter_single",
     "reduce_unused_params",
     "reset_iter_state",
@@ -67,6 +69,38 @@ def reset_iter_state(root: FSDPModule) -> None:
     """
     if HAS_RESET_ITER_STATE:
         root.reset_iter_state()
+
+
+def reduce_held_gradients(root: FSDPModule) -> None:
+    """Reduce, outside a backward, the gradients of earlier backwards that did not.
+
+    FSDP2 does it at the end of every backward for modules that took no part in it, and has no public name for that.
+    Test: tests/distributed/test_windows.py.
+    """
+    for group in reversed(_parameter_groups(root)):
+        group.post_backward()
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def forget_held_gradients(root: FSDPModule) -> None:
+    """Drop the gradients of earlier backwards that were not reduced.
+
+    They are on parameters that FSDP2 registers only while they are gathered, or, summed in another dtype, beside them.
+    Test: tests/distributed/test_windows.py.
+    """
+    for group in _parameter_groups(root):
+        for param in group.fsdp_params:
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
+
+
+def _parameter_groups(root: FSDPModule) -> list[Any]:
+    """FSDP2's, in the order of execution; torch 2.11 has one a module."""
+    groups: list[Any] = []
+    for state in root._get_fsdp_state()._state_ctx.all_states:
+        groups += state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def all_gather_single(output: Tensor, shard: Tensor, group: dist.ProcessGroup) -> None:

@@ -80,8 +80,7 @@ class HopOne:
     """Hop 1 of one block: reduce-scatters of its gradients in the partition group, added to the shards' `.grad`.
 
     The engine makes the output `.grad`, or adds it to that, at once. Here it finds zeros in it, or is given the very
-    memory of `.grad`, with the window's sums; the mean over the partition group is added when it has come. While
-    `holds`, the gradients of all ranks stay whole and are summed here instead; the next hop 1 takes them along.
+    memory of `.grad`, with the window's sums; the mean over the partition group is added when it has come.
 
     Args:
         name: the block's, for people.
@@ -99,7 +98,6 @@ class HopOne:
         partition_size: int,
         most_under_way: int,
     ) -> None:
-        self.holds = False
         self.transfer: Transfer | None = None
         """The last hop 1, under way or over."""
         self._name = name
@@ -107,7 +105,6 @@ class HopOne:
         self._channel = traffic.channel
         self._partition_size = partition_size
         self._most_under_way = most_under_way
-        self._held: Tensor | None = None
         self._buffer: Tensor | None = None
         self._rooms = {param: padded_numel(param, partition_size) for param in parameters}
         self._parameters: list[nn.Parameter] = []
@@ -142,15 +139,8 @@ class HopOne:
             output_tensor.zero_()
         self._parameters, self._slot_numel = [], output_tensor.numel()
         self._awaited = self._slot_numel
-        self._buffer, self._held = self._with_held(input_tensor), None
+        self._buffer = input_tensor
         return None
-
-    def _with_held(self, gradients: Tensor) -> Tensor:
-        if self._held is None:
-            return gradients
-        if gradients.device.type == "cpu":  # the engine holds on to `gradients` for a while: the other memory is free
-            return gradients.add_(self._held)
-        return self._held.add_(gradients)  # of the two, the engine keeps only `gradients` until this stream is through
 
     def arrived(self, param: nn.Parameter) -> None:
         """The engine has added its zeros to `param.grad`; called for each parameter, in the order of the layout."""
@@ -158,17 +148,7 @@ class HopOne:
             return
         self._parameters.append(param)
         self._awaited -= self._rooms[param]
-        if self._awaited:
-            return
-        if self.holds:
-            self._held, self._buffer = self._buffer, None
-        else:
-            self._begin()
-
-    def flush(self) -> None:
-        """Begin hop 1 of what was held, if anything was."""
-        if self._held is not None:
-            self._buffer, self._held = self._held, None
+        if not self._awaited:
             self._begin()
 
     def finish(self) -> None:
@@ -178,8 +158,8 @@ class HopOne:
             self._channel.drain()
 
     def forget(self) -> None:
-        """Drop what is held or under way."""
-        self._held = self._buffer = None
+        """Drop what is under way."""
+        self._buffer = None
         if self.transfer is not None:
             self.transfer.abandon()
             self.transfer = None
@@ -187,13 +167,13 @@ class HopOne:
     def _begin(self) -> None:
         gradients = self._gradients() if self._sums is None else []
         assert self._buffer is not None and gradients is not None
-        buffer, self._buffer = self._buffer, None
+        buffer, sums, self._buffer, self._sums = self._buffer, self._sums, None, None
         small_range = buffer.dtype == torch.float16
         if small_range:
             buffer.div_(self._partition_size)
         with naming(f"reduce-scatter of {self._name}") as what:
             finish = self._collectives.begin_reduce_scatter(buffer)
-        task = partial(self._add, finish, 1 if small_range else self._partition_size, self._sums, gradients)
+        task = partial(self._add, finish, 1 if small_range else self._partition_size, sums, gradients)
         self.transfer = self._channel.submit(task, what)
         if buffer.device.type != "cpu":
             # The block behind waits for it in `allocate`, on the stream whose memory it is. Left to the allocator

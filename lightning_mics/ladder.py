@@ -133,11 +133,13 @@ class ModelBytes:
         """The most bytes that a rank holds at once in a window: shards, and whatever is whole, without activations.
 
         The optimizer's state comes on top. Below stand a backward's two moments at each block: it computes, while the
-        blocks behind it are on their way and the gradients of the one before are; and it hands its gradients over.
+        blocks behind it are on their way and the gradients of the one before are; and it hands its gradients over, or
+        at the boundary the sums that were held.
         """
         everything = sum(block.parameters for block in self.blocks)
-        held = sum(block.sums for block in self.blocks) if rung.gradients == Gradients.WHOLE else 0
-        most = 0
+        whole = rung.gradients == Gradients.WHOLE
+        held = left = sum(block.sums for block in (*self.blocks, self.outside)) if whole else 0
+        most = held
         reducing = [0]  # gradients of the blocks before, under way
         for index in reversed(range(len(self.blocks))):
             block = self.blocks[index]
@@ -151,15 +153,13 @@ class ModelBytes:
                     gathered = everything
             stays = index < self.whole or rung.parameters == Parameters.WINDOW
             after = gathered if stays else gathered - block.parameters
-            computing = gathered + sum(reducing)
-            handing_over = after + block.sums + sum(reducing[1:])
-            most = max(most, block.gradients + computing, block.gradients + handing_over)
-            if rung.gradients == Gradients.SHARDED:
-                reducing = [*reducing, block.sums][1 - self.whole :]
+            computing = gathered + block.gradients + max(held, sum(reducing))
+            handing_over = after + block.sums + sum(reducing[1:]) + (left if whole else block.gradients)
+            most = max(most, computing, handing_over)
+            left -= block.sums
+            reducing = [*reducing, block.sums][1 - self.whole :]
         stay = self.blocks if rung.parameters == Parameters.WINDOW else self.blocks[: self.whole]
         kept = sum(block.parameters for block in stay)
         outside = self.outside.parameters + self.outside.gradients
-        if rung.gradients == Gradients.WHOLE:
-            held += self.outside.sums
-        last = kept + self.outside.gradients + self.outside.sums
-        return self.shards + held + max(most + outside, last)
+        last = kept + self.outside.gradients + max(held, self.outside.sums)
+        return self.shards + max(most + outside, last)

@@ -27,6 +27,7 @@ from lightning_mics.blocks import Block, BlockChoice, class_of, find_blocks, has
 from lightning_mics.climb import Budget, Climb
 from lightning_mics.comms import BlockGather, HopOne, blocks_whole
 from lightning_mics.groups import Groups
+from lightning_mics.held import HeldGradients
 from lightning_mics.ladder import AUTO, ModelBytes, Rung
 from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
 from lightning_mics.network import Network
@@ -424,6 +425,7 @@ def _install_window(root: MiCSModule, slots: dict[str, list[_Slot]]) -> None:
         # Alone, a rank knows by `.grad` itself what it used.
         Usage({module: slots[name] for name, module in gathering.items()} if not (whole and alone) else {}),
         root.residency,
+        HeldGradients(root) if root.hops_1 else None,
         kept_whole=whole,
         sum_dtype=root.precision.sum_dtype(widest),
     )

@@ -31,6 +31,7 @@ from lightning_mics.climb import Climb
 from lightning_mics.comms import HopOne, padded_numel
 from lightning_mics.flat import ShardGradient, together
 from lightning_mics.groups import Groups
+from lightning_mics.held import HeldGradients
 from lightning_mics.ladder import Gradients, Rung
 from lightning_mics.optimizer_shards import Mean, OptimizerShards
 from lightning_mics.residency import Residency
@@ -74,6 +75,7 @@ class Window:
         order: tells how often a block was called, and hence when its gradient is complete.
         usage: tells which parameters got a gradient on this rank.
         residency: tells the engine what to free behind each forward and backward.
+        held: gradients that the engine does not reduce in each micro-step; None where it has nowhere to reduce them.
         kept_whole: whether autograd itself accumulates into `.grad`, once a backward, and no engine does.
         sum_dtype: the window's sums are kept in this dtype where the parameter's own is narrower.
     """
@@ -86,6 +88,7 @@ class Window:
         order: BlockOrder,
         usage: Usage,
         residency: Residency,
+        held: HeldGradients | None = None,
         kept_whole: bool = False,
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -111,6 +114,7 @@ class Window:
         self.optimizer_shards: OptimizerShards | None = None
         """The pieces that the optimizer steps, where these are less than the shards."""
         self._residency = residency
+        self._held = held
         self._sum_dtype = sum_dtype
         self._parameters = tuple(param for bucket in self.buckets for param in bucket.parameters)
         self._narrow = tuple(param for param in self._parameters if self._is_narrow(param))
@@ -172,8 +176,8 @@ class Window:
         if self.optimizer_shards is not None:
             self.optimizer_shards.hold()
         self._residency.backward_begins(boundary)
-        for hop_1 in self._hops_1:
-            hop_1.holds = self.rung.gradients == Gradients.WHOLE and not boundary and self.one_backward
+        if self._held is not None:
+            self._held.hold(self.rung.gradients == Gradients.WHOLE and not boundary and self.one_backward)
         self._complete = False
         self._launched = 0
         self._arrived = [0] * len(self.buckets)
@@ -202,8 +206,8 @@ class Window:
             self.optimizer_shards.close()
         if self._unsynced or (self.one_backward and not self._complete):
             self._launched = 0
-            for hop_1 in self._hops_1:
-                hop_1.flush()
+            if self._held is not None and self._held.any:
+                self._held.reduce()
             self._synchronize()
             self._finish_hop_1()
         for param in self._narrow if self._sums else ():
@@ -215,6 +219,8 @@ class Window:
         self._forget_gradients(self._parameters)
         for transfer in self._in_flight:
             transfer.abandon()
+        if self._held is not None:
+            self._held.forget()
         for hop_1 in self._hops_1:
             hop_1.forget()
         self._in_flight.clear()

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"topology", "network", "ladder", "precision", "memory", "flat", "version", "_compat"},
     {"groups", "channels"},
-    {"collectives", "climb", "residency"},
+    {"collectives", "climb", "residency", "held"},
     {"exchange", "native"},
     {"wire", "blocks", "materialize", "usage"},
     {"comms", "block_order"},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_mics.comms import HopOne
 from lightning_mics.groups import Groups
+from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 from tests.distributed.ranks import run_ranks
@@ -163,3 +164,41 @@ def _taking_turns() -> None:
 
 def test_parameters_of_one_size_that_take_turns_in_manual_optimization_keep_their_own_sums() -> None:
     run_ranks(4, _taking_turns)
+
+
+# -- held whole --------------------------------------------------------------------------------------------------------
+
+
+def _held(rung: str, dtype: torch.dtype | None) -> None:
+    """Dropped, taken along by the boundary's backward, and reduced without one."""
+    precision = Precision(param_dtype=dtype)
+    for end in ("dropped", "taken along", "reduced alone"):
+        root = shard(model(), Groups.create(TOPOLOGY, "cpu"), blocks=Either, rung=rung, precision=precision)
+        root.one_backward = True
+        root.window.begin(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            for micro_step in range(2):
+                backward(root, micro_step, True, False)
+                assert all(p.grad is None for p in root.module.parameters())
+            if end == "dropped":
+                root.window.drop()
+            if end != "reduced alone":
+                loss = root(data(dist.get_rank(), 2), True, False)
+                with root.window.backward():
+                    loss.backward()
+        root.window.close()
+        micro_steps = {"dropped": [2], "taken along": [0, 1, 2], "reduced alone": [0, 1]}[end]
+        parts = [torch.stack(each).sum(0) for each in zip(*(means(i, True, False) for i in micro_steps), strict=True)]
+        for param, mine in zip(root.module.parameters(), parts, strict=True):
+            dist.all_reduce(mine)  # of this rank's partition group; p ranks of each add it
+            wanted = mine / dist.get_world_size()
+            tolerance = {} if dtype is None else {"rtol": 0.05, "atol": 0.05 * float(wanted.abs().max())}
+            torch.testing.assert_close(param.grad.full_tensor(), wanted, **tolerance)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("rung", ["block/whole", "micro_step/whole", "window/whole"])
+def test_what_is_held_whole_is_dropped_or_taken_along_or_reduced_without_a_backward(
+    rung: str, dtype: torch.dtype | None
+) -> None:
+    run_ranks(4, _held, rung, dtype)

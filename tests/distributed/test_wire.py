@@ -497,7 +497,8 @@ def test_what_stays_in_memory_between_micro_steps_and_after_the_window() -> None
         for rung, (kept, gradients, sharded) in zip(RUNGS, results, strict=True):
             parameters = model if rung.parameters == Parameters.WINDOW else model * 3 // 8
             sums = model if rung.gradients == Gradients.WHOLE else 0
-            between, after = gradients + parameters + sums, gradients + usage
+            shards = gradients if rung.gradients == Gradients.SHARDED else 0  # there are none before the boundary
+            between, after = shards + parameters + sums, gradients + usage
             assert kept == [between, between, after, after], rung
             assert gradients == model // 4
             assert sharded

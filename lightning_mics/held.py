@@ -1,0 +1,47 @@
+"""Held: gradients that stay whole until the boundary.
+
+The engine can leave a micro-step's gradients where autograd puts them, on the gathered parameters, which outlive what
+they gather; autograd adds the next micro-step's to them. The first backward in which the engine may reduce takes the
+sums along. They are in 16 bits no longer than a backward: the engine sums in the dtype in which it reduces.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_mics._compat import forget_held_gradients, reduce_held_gradients
+
+
+class HeldGradients:
+    """Tells the engine when to reduce.
+
+    Args:
+        root: the sharded root.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._holds = False
+        self.any = False
+        """Whether a micro-step's gradients were held since the last `forget`."""
+
+    def hold(self, holds: bool) -> None:
+        """Whether the coming backward's gradients are held; otherwise they are reduced, with all that were."""
+        self.any = self.any or holds
+        if holds != self._holds:
+            self._holds = holds
+            self._root.set_requires_gradient_sync(not holds)
+
+    def reduce(self) -> None:
+        """Begin hop 1 of what is held, without a backward. Collective on the partition group."""
+        self.hold(False)
+        with torch.no_grad():
+            reduce_held_gradients(self._root)
+
+    def forget(self) -> None:
+        """Drop what is held."""
+        if self.any:
+            forget_held_gradients(self._root)
+        self.any = False
