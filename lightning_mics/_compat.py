@@ -75,7 +75,7 @@ def reduce_held_gradients(root: FSDPModule) -> None:
     """Reduce, outside a backward, the gradients of earlier backwards that did not.
 
     FSDP2 does it at the end of every backward for modules that took no part in it, and has no public name for that.
-    Test: tests/distributed/test_windows.py.
+    Test: tests/distributed/test_sums.py.
     """
     for group in reversed(_parameter_groups(root)):
         group.post_backward()
@@ -86,7 +86,7 @@ def forget_held_gradients(root: FSDPModule) -> None:
     """Drop the gradients of earlier backwards that were not reduced.
 
     They are on parameters that FSDP2 registers only while they are gathered, or, summed in another dtype, beside them.
-    Test: tests/distributed/test_windows.py.
+    Test: tests/distributed/test_sums.py.
     """
     for group in _parameter_groups(root):
         for param in group.fsdp_params:
