@@ -165,15 +165,15 @@ class HopOne:
             self.transfer = None
 
     def _begin(self) -> None:
-        gradients = self._gradients() if self._sums is None else []
+        gradients = self._gradients() if self._sums is None else [ShardGradient(self._sums, self._sums.numel())]
         assert self._buffer is not None and gradients is not None
-        buffer, sums, self._buffer, self._sums = self._buffer, self._sums, None, None
+        buffer, self._buffer, self._sums = self._buffer, None, None
         small_range = buffer.dtype == torch.float16
         if small_range:
             buffer.div_(self._partition_size)
         with naming(f"reduce-scatter of {self._name}") as what:
             finish = self._collectives.begin_reduce_scatter(buffer)
-        task = partial(self._add, finish, 1 if small_range else self._partition_size, sums, gradients)
+        task = partial(self._add, finish, 1 if small_range else self._partition_size, gradients)
         self.transfer = self._channel.submit(task, what)
         if buffer.device.type != "cpu":
             # The block behind waits for it in `allocate`, on the stream whose memory it is. Left to the allocator
@@ -190,13 +190,8 @@ class HopOne:
         return gradients
 
     @staticmethod
-    def _add(
-        finish: Callable[[], Tensor], divisor: int, sums: Tensor | None, gradients: Sequence[ShardGradient]
-    ) -> None:
+    def _add(finish: Callable[[], Tensor], divisor: int, gradients: Sequence[ShardGradient]) -> None:
         mean = finish().div_(divisor)
-        if sums is not None:
-            sums.add_(mean)
-            return
         for gradient, piece in zip(gradients, mean.split([gradient.room for gradient in gradients]), strict=True):
             gradient.local.add_(piece[: gradient.local.numel()].view_as(gradient.local))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,14 @@ from lightning_mics.collectives import Collectives
 from lightning_mics.groups import Tiers
 from lightning_mics.network import Network
 
+_Result = TypeVar("_Result")
+
 CHUNK_BYTES = 1 << 20
-"""What one stage hands to the next at most at a time; less where a slot would not make `_CHUNKS` of it."""
+"""What one stage hands to the next at most at a time; between nodes less where a slot would not make `_CHUNKS`."""
 _CHUNKS, _LEAST_CHUNK_BYTES = 4, 1 << 16
 _ASKED_AHEAD = 2  # chunks whose sums are asked for before the first is waited for
 _TAGS = 1 << 24  # of messages: more than can be under way, and all tags fit 31 bits
-_STEPS = 4  # of an all-reduce
+_PHASES = 4  # of an all-reduce: its two halves are begun and finished
 
 
 class Exchange(Collectives):
@@ -73,7 +75,7 @@ class Exchange(Collectives):
         narrow = self.crossing_dtype(buffer.dtype)
         # Who is asked for a sum has what was sent for it, by then: the memory is free. Asked for late, it would wait
         # behind all that goes the other way.
-        gather = _Gather(slots, tiers, self._numbering, narrow, step=2)
+        gather = _Gather(slots, tiers, self._numbering, narrow, phase=2)
         reduction = _Reduction(slots, tiers, self._numbering, narrow, asked_ahead=_CHUNKS)
 
         def finish() -> None:
@@ -89,8 +91,8 @@ class Exchange(Collectives):
 class _Stages:
     """What a gather and a reduction share: slots, and the ranks with whom they are exchanged on each tier.
 
-    What leaves when this is made is numbered apart from what leaves a step later, where it is finished: the next may be
-    begun before that, or after.
+    What leaves when this is made is numbered apart from what leaves a phase later, where it is finished: the next may
+    be begun before that, or after.
     """
 
     def __init__(
@@ -99,13 +101,13 @@ class _Stages:
         tiers: Tiers,
         numbering: _Numbering,
         narrow: torch.dtype | None,
-        step: int = 0,
+        phase: int = 0,
     ) -> None:
         self._slots = slots
         self._tiers = tiers
         self._own = slots[tiers.index]
-        self._between = _Peers(tiers, "inter_node", numbering, step, narrow)
-        self._inside = _Peers(tiers, "intra_node", numbering, step)
+        self._between = _Peers(tiers, "inter_node", numbering, phase, narrow)
+        self._inside = _Peers(tiers, "intra_node", numbering, phase)
 
     def _slot(self, nodes: int, ranks: int = 0) -> Tensor:
         """That of the rank so many nodes ahead and, in its node, so many places ahead; behind where negative."""
@@ -113,9 +115,9 @@ class _Stages:
         node, local = (tiers.node + nodes) % tiers.nodes, (tiers.local + ranks) % tiers.per_node
         return self._slots[node * tiers.per_node + local]
 
-    def _next_step(self) -> None:
-        self._between.step += 1
-        self._inside.step += 1
+    def _next_phase(self) -> None:
+        self._between.phase += 1
+        self._inside.phase += 1
 
     def _finish_all(self) -> None:
         self._between.finish_all()
@@ -130,9 +132,9 @@ class _Gather(_Stages):
     """
 
     def __init__(
-        self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None, step: int = 0
+        self, slots: Sequence[Tensor], tiers: Tiers, numbering: _Numbering, narrow: torch.dtype | None, phase: int = 0
     ) -> None:
-        super().__init__(slots, tiers, numbering, narrow, step)
+        super().__init__(slots, tiers, numbering, narrow, phase)
         self._chunks = _chunks(slots, tiers) if self._between.steps else []
         self._arriving = [
             (self._between.receive(self._slot(-step)[chunk], step), step, chunk)
@@ -152,7 +154,7 @@ class _Gather(_Stages):
 
     def finish(self) -> None:
         """Return when every slot is full."""
-        self._next_step()
+        self._next_phase()
         for message, step, chunk in self._arriving:
             self._between.finish(message)
             for peer in self._inside.steps:
@@ -188,7 +190,7 @@ class _Reduction(_Stages):
 
     def finish(self) -> Tensor:
         """This rank's slot, when the sum is there."""
-        self._next_step()
+        self._next_phase()
         while self._rounds:
             self._round()
             if len(self._crossing) > self._asked_ahead:
@@ -250,21 +252,21 @@ class _Numbering:
     def __init__(self) -> None:
         self._counts: defaultdict[tuple[Any, ...], Iterator[int]] = defaultdict(count)
 
-    def next(self, group: dist.ProcessGroup, step: int, *route: object) -> int:
-        """A tag. Steps are numbered apart: what leaves in one of them leaves in the same order on every rank."""
-        return next(self._counts[group, step, *route]) % _TAGS * _STEPS + step
+    def next(self, group: dist.ProcessGroup, phase: int, *route: object) -> int:
+        """A tag. Phases are numbered apart: what leaves in one of them leaves in the same order on every rank."""
+        return next(self._counts[group, phase, *route]) % _TAGS * _PHASES + phase
 
 
 class _Peers:
     """Messages on one tier, to and from the ranks that are some steps ahead and behind.
 
-    They travel in the dtype `narrow`, where given, and are numbered with those that leave in the step `step`.
+    They travel in the dtype `narrow`, where given, and are numbered with those that leave in the phase `phase`.
     """
 
     def __init__(
-        self, tiers: Tiers, tier: str, numbering: _Numbering, step: int, narrow: torch.dtype | None = None
+        self, tiers: Tiers, tier: str, numbering: _Numbering, phase: int, narrow: torch.dtype | None = None
     ) -> None:
-        self.step = step
+        self.phase = phase
         self._group: dist.ProcessGroup | None = getattr(tiers, tier)
         self._place, size = (tiers.node, tiers.nodes) if tier == "inter_node" else (tiers.local, tiers.per_node)
         self._size = size if self._group is not None else 1
@@ -286,9 +288,9 @@ class _Peers:
         tag, source = self._tag("from", step), (self._place - step) % self._size
         return self._begin(dist.irecv, carried, tensor, group_src=source, tag=tag)
 
-    def _tag(self, direction: str, ahead: int) -> int:
+    def _tag(self, direction: str, step: int) -> int:
         assert self._group is not None
-        return self._numbering.next(self._group, self.step, direction, ahead)
+        return self._numbering.next(self._group, self.phase, direction, step)
 
     def add(self, total: Tensor, incoming: Sequence[_Message]) -> None:
         """Add to `total` what is on its way, rounding once."""
@@ -306,10 +308,7 @@ class _Peers:
         self._under_way.discard(message)  # and with it the memory that it came in
         if message.work is None:
             return
-        try:
-            message.work.wait()
-        except RuntimeError as error:
-            raise self._named(error) from error
+        self._tried(message.work.wait)
         message.work = None
         if message.target is not message.carried:
             message.target.copy_(message.carried)
@@ -321,14 +320,15 @@ class _Peers:
             self.finish(message)
 
     def _begin(self, begin: Callable[..., dist.Work | None], carried: Tensor, target: Tensor, **to: Any) -> _Message:
-        try:
-            work = begin(carried, group=self._group, **to) if carried.numel() else None
-        except RuntimeError as error:
-            raise self._named(error) from error
+        work = self._tried(begin, carried, group=self._group, **to) if carried.numel() else None
         message = _Message(work, carried, target)
         self._under_way.add(message)
         return message
 
-    def _named(self, error: RuntimeError) -> CollectiveError:
-        assert self._group is not None
-        return CollectiveError(f"{self._name}, ranks {dist.get_process_group_ranks(self._group)}: {error}")
+    def _tried(self, action: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        try:
+            return action(*args, **kwargs)
+        except RuntimeError as error:
+            assert self._group is not None
+            ranks = dist.get_process_group_ranks(self._group)
+            raise CollectiveError(f"{self._name}, ranks {ranks}: {error}") from error

@@ -24,24 +24,24 @@ class HeldGradients:
     def __init__(self, root: Any) -> None:
         self._root = root
         self._holds = False
-        self.any = False
-        """Whether a micro-step's gradients were held since the last `forget`."""
+        self._any = False  # since the last `forget`
 
     def hold(self, holds: bool) -> None:
         """Whether the coming backward's gradients are held; otherwise they are reduced, with all that were."""
-        self.any = self.any or holds
+        self._any = self._any or holds
         if holds != self._holds:
             self._holds = holds
             self._root.set_requires_gradient_sync(not holds)
 
     def reduce(self) -> None:
-        """Begin hop 1 of what is held, without a backward. Collective on the partition group."""
-        self.hold(False)
-        with torch.no_grad():
-            reduce_held_gradients(self._root)
+        """Begin hop 1 of what is held, if anything is, without a backward. Collective on the partition group."""
+        if self._any:
+            self.hold(False)
+            with torch.no_grad():
+                reduce_held_gradients(self._root)
 
     def forget(self) -> None:
         """Drop what is held."""
-        if self.any:
+        if self._any:
             forget_held_gradients(self._root)
-        self.any = False
+        self._any = False

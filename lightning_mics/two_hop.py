@@ -206,7 +206,7 @@ class Window:
             self.optimizer_shards.close()
         if self._unsynced or (self.one_backward and not self._complete):
             self._launched = 0
-            if self._held is not None and self._held.any:
+            if self._held is not None:
                 self._held.reduce()
             self._synchronize()
             self._finish_hop_1()

@@ -194,20 +194,16 @@ def _several_at_once(case: Case, form: type[Collectives], tiers: Tiers) -> str |
     sums, mine = torch.stack(whole).sum(0), whole[tiers.rank]
     gathered = torch.cat([case.values(rank, case.numel) for rank in range(case.size)])
 
-    def reduced(buffer: Tensor) -> Callable[[], Tensor]:
-        end = collectives.begin_all_reduce(buffer)
-        return lambda: (end(), buffer)[1]  # type: ignore[func-returns-value]
-
-    def filled(buffer: Tensor) -> Callable[[], Tensor]:
-        end = collectives.begin_all_gather(buffer)
+    def in_place(begin: Callable[[Tensor], Callable[[], None]], buffer: Tensor) -> Callable[[], Tensor]:
+        end = begin(buffer)
         return lambda: (end(), buffer)[1]  # type: ignore[func-returns-value]
 
     begins = [
-        partial(reduced, mine.clone()),
+        partial(in_place, collectives.begin_all_reduce, mine.clone()),
         partial(collectives.begin_reduce_scatter, mine.clone()),
-        partial(filled, _to_gather(case, tiers)),
-        partial(reduced, mine.flip(0)),
-        partial(reduced, mine.clone()),
+        partial(in_place, collectives.begin_all_gather, _to_gather(case, tiers)),
+        partial(in_place, collectives.begin_all_reduce, mine.flip(0)),
+        partial(in_place, collectives.begin_all_reduce, mine.clone()),
     ]
     wanted = [sums, sums[own], gathered, sums.flip(0), sums]
     ends: deque[Callable[[], Tensor]] = deque()

@@ -72,8 +72,8 @@ def backward(root: MiCSModule, micro_step: int, *path: bool) -> None:
             loss.backward()
 
 
-def sharded(one_backward: bool = True) -> tuple[MiCSModule, list[nn.Parameter]]:
-    root = shard(model(), Groups.create(TOPOLOGY, "cpu"), blocks=Either)
+def sharded(one_backward: bool = True, **options: Any) -> tuple[MiCSModule, list[nn.Parameter]]:
+    root = shard(model(), Groups.create(TOPOLOGY, "cpu"), blocks=Either, **options)
     root.one_backward = one_backward
     root.window.begin(0)
     return root, list(root.module.parameters())
@@ -171,15 +171,12 @@ def test_parameters_of_one_size_that_take_turns_in_manual_optimization_keep_thei
 
 def _held(rung: str, dtype: torch.dtype | None) -> None:
     """Dropped, taken along by the boundary's backward, and reduced without one."""
-    precision = Precision(param_dtype=dtype)
     for end in ("dropped", "taken along", "reduced alone"):
-        root = shard(model(), Groups.create(TOPOLOGY, "cpu"), blocks=Either, rung=rung, precision=precision)
-        root.one_backward = True
-        root.window.begin(0)
+        root, params = sharded(rung=rung, precision=Precision(param_dtype=dtype))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
             for micro_step in range(2):
                 backward(root, micro_step, True, False)
-                assert all(p.grad is None for p in root.module.parameters())
+                assert all(p.grad is None for p in params)
             if end == "dropped":
                 root.window.drop()
             if end != "reduced alone":
@@ -189,7 +186,7 @@ def _held(rung: str, dtype: torch.dtype | None) -> None:
         root.window.close()
         micro_steps = {"dropped": [2], "taken along": [0, 1, 2], "reduced alone": [0, 1]}[end]
         parts = [torch.stack(each).sum(0) for each in zip(*(means(i, True, False) for i in micro_steps), strict=True)]
-        for param, mine in zip(root.module.parameters(), parts, strict=True):
+        for param, mine in zip(params, parts, strict=True):
             dist.all_reduce(mine)  # of this rank's partition group; p ranks of each add it
             wanted = mine / dist.get_world_size()
             tolerance = {} if dtype is None else {"rtol": 0.05, "atol": 0.05 * float(wanted.abs().max())}
