@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -238,12 +239,12 @@ def _chunk_bytes(slot_bytes: int, nodes: int) -> int:
 
 
 class _Message:
-    """One on its way: the memory that it needs until it is there, and where it is to go then."""
+    """One on its way: the memory that travels, where that is to go when it has come, and how to wait for it."""
 
-    def __init__(self, work: dist.Work | None, carried: Tensor, target: Tensor) -> None:
-        self.work = work
+    def __init__(self, carried: Tensor, target: Tensor, wait: Callable[[], object] | None) -> None:
         self.carried = carried
         self.target = target
+        self.wait = wait
 
 
 class _Numbering:
@@ -272,21 +273,33 @@ class _Peers:
         self._size = size if self._group is not None else 1
         self._name = "between nodes" if tier == "inter_node" else "inside the node"
         self._narrow = narrow
+        self._memory = tiers.cross_memory if tier == "intra_node" else None
         self._numbering = numbering
-        self._under_way: set[_Message] = set()
+        self._coming: set[_Message] = set()
+        self._leaving: set[_Message] = set()
         self.steps = range(1, self._size)
 
     def send(self, tensor: Tensor, step: int) -> None:
-        """To the rank `step` ahead."""
+        """To the rank `step` ahead. `tensor` stays as it is until all are finished, or what comes of it has come."""
         carried = tensor if self._narrow is None else tensor.to(self._narrow)
         tag, to = self._tag("to", step), (self._place + step) % self._size
-        self._begin(dist.isend, carried, carried, group_dst=to, tag=tag)
+        if self._memory is not None:
+            self._tried(self._memory.offer, carried, to, tag)
+            message = _Message(carried, carried, partial(self._memory.wait_until_taken, to, tag))
+        else:
+            message = self._begun(dist.isend, carried, carried, group_dst=to, tag=tag)
+        self._leaving.add(message)
 
     def receive(self, tensor: Tensor, step: int) -> _Message:
         """From the rank `step` behind; it is in `tensor` once the message is finished."""
         carried = tensor if self._narrow is None else torch.empty_like(tensor, dtype=self._narrow)
         tag, source = self._tag("from", step), (self._place - step) % self._size
-        return self._begin(dist.irecv, carried, tensor, group_src=source, tag=tag)
+        if self._memory is not None:
+            message = _Message(carried, tensor, partial(self._memory.take, carried, source, tag))
+        else:
+            message = self._begun(dist.irecv, carried, tensor, group_src=source, tag=tag)
+        self._coming.add(message)
+        return message
 
     def _tag(self, direction: str, step: int) -> int:
         assert self._group is not None
@@ -304,31 +317,30 @@ class _Peers:
             total.copy_(wide)
 
     def finish(self, message: _Message) -> None:
-        """Wait for one message. gloo's cannot be waited for twice."""
-        self._under_way.discard(message)  # and with it the memory that it came in
-        if message.work is None:
+        """Wait for one message; once, as gloo's cannot be waited for twice."""
+        self._coming.discard(message)
+        self._leaving.discard(message)  # and with it the memory that it came in
+        if message.wait is None:
             return
-        self._tried(message.work.wait)
-        message.work = None
+        self._tried(message.wait)
+        message.wait = None
         if message.target is not message.carried:
             message.target.copy_(message.carried)
             message.carried = message.target
 
     def finish_all(self) -> None:
-        """Wait for all of them."""
-        for message in [*self._under_way]:
+        """Wait for all of them; first for what comes, as others wait for its being taken."""
+        for message in [*self._coming, *self._leaving]:
             self.finish(message)
 
-    def _begin(self, begin: Callable[..., dist.Work | None], carried: Tensor, target: Tensor, **to: Any) -> _Message:
+    def _begun(self, begin: Callable[..., dist.Work | None], carried: Tensor, target: Tensor, **to: Any) -> _Message:
         work = self._tried(begin, carried, group=self._group, **to) if carried.numel() else None
-        message = _Message(work, carried, target)
-        self._under_way.add(message)
-        return message
+        return _Message(carried, target, None if work is None else work.wait)
 
     def _tried(self, action: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         try:
             return action(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, ValueError) as error:
             assert self._group is not None
             ranks = dist.get_process_group_ranks(self._group)
             raise CollectiveError(f"{self._name}, ranks {ranks}: {error}") from error

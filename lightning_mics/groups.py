@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_mics.cross_memory import CrossMemory
 from lightning_mics.topology import Topology
 
 
@@ -28,6 +29,7 @@ class Tiers:
         everyone: all ranks.
         intra_node: this rank's node; None where it is alone there.
         inter_node: the ranks at this rank's place in every node; None where there is one node.
+        cross_memory: by which those of `intra_node` read one another's memory; None where they cannot.
     """
 
     ranks: tuple[tuple[int, ...], ...]
@@ -35,6 +37,7 @@ class Tiers:
     everyone: dist.ProcessGroup
     intra_node: dist.ProcessGroup | None
     inter_node: dist.ProcessGroup | None
+    cross_memory: CrossMemory | None = None
 
     @property
     def nodes(self) -> int:
@@ -69,7 +72,7 @@ class Tiers:
     def flat(self) -> Tiers:
         """The same ranks without the distinction, as though they were on one node."""
         ranks = (tuple(rank for node in self.ranks for rank in node),)
-        return replace(self, ranks=ranks, intra_node=self.everyone, inter_node=None)
+        return replace(self, ranks=ranks, intra_node=self.everyone, inter_node=None, cross_memory=None)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,10 @@ class Groups:
         whole = len(partition) == topology.world_size
         group: dist.ProcessGroup = dist.group.WORLD if whole else _new_group(partition, timeout)  # type: ignore[assignment]
         mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=("shard",))
-        tiers = [_tiers(topology.by_node(ranks), rank, timeout) for ranks in (partition, partition, replication)]
+        by_messages = travels_by_messages(torch.device(device_type))
+        tiers = [
+            _tiers(topology.by_node(ranks), rank, timeout, by_messages) for ranks in (partition, partition, replication)
+        ]
         return cls(topology, mesh, *tiers)
 
 
@@ -154,18 +160,30 @@ def backend_for(device: torch.device, group: dist.ProcessGroup | None = None) ->
     return by_device.get(device.type) or str(dist.get_backend(group))
 
 
-def _tiers(ranks: tuple[tuple[int, ...], ...], rank: int, timeout: timedelta | None) -> Tiers | None:
+def travels_by_messages(device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether tensors on `device` go from rank to rank, rather than by the backend's collectives.
+
+    gloo's sends and receives take memory of the host only; its collectives copy an accelerator's there and back.
+    """
+    return device.type == "cpu" and backend_for(device, group) == "gloo"
+
+
+def _tiers(ranks: tuple[tuple[int, ...], ...], rank: int, timeout: timedelta | None, by_messages: bool) -> Tiers | None:
     everyone = tuple(rank for node in ranks for rank in node)
     if len(everyone) == 1:
         return None
     group = _new_group(everyone, timeout)
     tiers = Tiers(ranks, rank, group, None, None)
-    if tiers.nodes == 1:
-        return replace(tiers, intra_node=group)
     if tiers.per_node == 1:
         return replace(tiers, inter_node=group)
-    same_place = tuple(node[tiers.local] for node in ranks)
-    return replace(tiers, intra_node=_new_group(ranks[tiers.node], timeout), inter_node=_new_group(same_place, timeout))
+    if tiers.nodes == 1:
+        tiers = replace(tiers, intra_node=group)
+    else:
+        same_place = tuple(node[tiers.local] for node in ranks)
+        intra, inter = _new_group(ranks[tiers.node], timeout), _new_group(same_place, timeout)
+        tiers = replace(tiers, intra_node=intra, inter_node=inter)
+    assert tiers.intra_node is not None
+    return replace(tiers, cross_memory=CrossMemory.connect(tiers.intra_node, timeout)) if by_messages else tiers
 
 
 def _new_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:

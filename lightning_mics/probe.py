@@ -2,20 +2,23 @@
 
 Every rank sends to the next one and receives from the one before it, all at once: in a ring inside each node, then in a
 ring of the ranks of equal local rank on all nodes. So the ranks of a node share its network card while it is measured,
-as they do in training. Sizes double from 1 KiB until a message takes long. A line is fitted to the medians of several
-rounds.
+as they do in training; and where they read one another's memory in training, they do so here. Sizes double from 1 KiB
+until a message takes long. A line is fitted to the medians of several rounds.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from statistics import median
 
 import torch
 import torch.distributed as dist
 
+from lightning_mics.cross_memory import CrossMemory
+from lightning_mics.groups import Groups
 from lightning_mics.network import Network, Tier
 from lightning_mics.topology import Topology
 
@@ -30,7 +33,8 @@ Exchange = Callable[[int], None]
 def probe(ranks_per_node: int, device: torch.device) -> Network:
     """Measure the network between the ranks of the default process group, in less than a minute.
 
-    Collective on the default group: point-to-point messages, and an all-reduce of one number after each.
+    Collective on the default group: the making of `Groups`, point-to-point messages, and an all-reduce of one number
+    after each.
 
     Args:
         ranks_per_node: ranks on each node, numbered node by node.
@@ -47,9 +51,11 @@ def probe(ranks_per_node: int, device: torch.device) -> Network:
     if topology.world_size == 1:
         raise ValueError("one rank has no network to measure; start several, by torchrun or srun, as for training")
     node, local = divmod(dist.get_rank(), ranks_per_node)
+    inside = Groups.create(replace(topology, partition_size=ranks_per_node), device.type).gather
+    memory = None if inside is None else inside.cross_memory
     measured = (
-        _tier([node * ranks_per_node + other for other in range(ranks_per_node)], device),
-        _tier([other * ranks_per_node + local for other in range(topology.nodes)], device),
+        _tier([node * ranks_per_node + other for other in range(ranks_per_node)], device, memory),
+        _tier([other * ranks_per_node + local for other in range(topology.nodes)], device, None),
     )
     assumed = Network.default(ranks_per_node, device.type)
     return Network(measured[0] or assumed.intra, measured[1] or assumed.inter, _source(topology, measured, device))
@@ -61,28 +67,35 @@ def _source(topology: Topology, measured: tuple[Tier | None, Tier | None], devic
     return f"measured {date.today()}, {cluster}" + "".join(f"; {name} assumed" for name in absent)
 
 
-def _tier(ring: list[int], device: torch.device) -> Tier | None:
+def _tier(ring: list[int], device: torch.device, memory: CrossMemory | None) -> Tier | None:
     """The line of messages from each rank of `ring` to the next; None for a ring of one."""
     if len(ring) == 1:
         return None
-    exchange = _exchange(ring, device)
+    exchange = _exchange(ring, device, memory)
     counts = _counts(exchange, device)
     rounds = [{size: _timed(exchange, size, counts[size], device) for size in counts} for _ in range(_ROUNDS)]
     return Tier.fit([(size, _slowest(median(times[size] for times in rounds), device)) for size in counts])
 
 
-def _exchange(ring: list[int], device: torch.device) -> Exchange:
+def _exchange(ring: list[int], device: torch.device, memory: CrossMemory | None) -> Exchange:
     """A function that sends so many bytes to the next rank and receives as many from the one before."""
     here = ring.index(dist.get_rank())
-    following, preceding = ring[(here + 1) % len(ring)], ring[here - 1]
+    following, preceding = (here + 1) % len(ring), (here - 1) % len(ring)
     outgoing, incoming = (torch.zeros(_SIZES[-1], dtype=torch.uint8, device=device) for _ in range(2))
 
-    def exchange(size: int) -> None:
-        both = [dist.P2POp(dist.isend, outgoing[:size], following), dist.P2POp(dist.irecv, incoming[:size], preceding)]
-        for work in dist.batch_isend_irecv(both):
+    def by_messages(size: int) -> None:
+        sending = dist.P2POp(dist.isend, outgoing[:size], ring[following])
+        receiving = dist.P2POp(dist.irecv, incoming[:size], ring[preceding])
+        for work in dist.batch_isend_irecv([sending, receiving]):
             work.wait()
 
-    return exchange
+    def by_memory(size: int) -> None:
+        assert memory is not None
+        memory.offer(outgoing[:size], following, tag=0)
+        memory.take(incoming[:size], preceding, tag=0)
+        memory.wait_until_taken(following, tag=0)
+
+    return by_messages if memory is None else by_memory
 
 
 def _counts(exchange: Exchange, device: torch.device) -> dict[int, int]:

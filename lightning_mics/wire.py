@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning_mics.channels import Channel, channel_for
 from lightning_mics.collectives import Collectives
 from lightning_mics.exchange import Exchange
-from lightning_mics.groups import Groups, Tiers, backend_for
+from lightning_mics.groups import Groups, Tiers, backend_for, travels_by_messages
 from lightning_mics.native import Native
 from lightning_mics.network import Network, Tier
 
@@ -81,6 +81,4 @@ def collectives_for(
     tiers: Tiers, network: Network, device: torch.device, between_nodes: torch.dtype | None = None
 ) -> Collectives:
     """The form that suits tensors on `device` and the backend of `tiers` there; see `Collectives`."""
-    # gloo's sends and receives take memory of the host only; its collectives copy an accelerator's there and back.
-    messages = device.type == "cpu" and backend_for(device, tiers.everyone) == "gloo"
-    return (Exchange if messages else Native)(tiers, network, between_nodes)
+    return (Exchange if travels_by_messages(device, tiers.everyone) else Native)(tiers, network, between_nodes)

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. What stands in one row does not import its like.
 ROWS = (
-    {"topology", "network", "ladder", "precision", "memory", "flat", "version", "_compat"},
+    {"topology", "network", "ladder", "precision", "memory", "flat", "cross_memory", "version", "_compat"},
     {"groups", "channels"},
     {"collectives", "climb", "residency", "held"},
     {"exchange", "native"},

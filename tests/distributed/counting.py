@@ -1,4 +1,4 @@
-"""Count collectives and messages where they are issued: at torch.distributed itself, not at our own code.
+"""Count collectives and messages where they are issued: at torch.distributed itself, and at what a node's ranks read.
 
 Other threads' are counted as well. The order of one thread's calls is kept; between two threads there is none.
 """
@@ -15,6 +15,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from lightning_mics.cross_memory import CrossMemory
+
 # Newer and older spellings: whichever the engine calls is seen, and only the outermost of nested calls is counted.
 _CALLS = {
     "all_gather": ("all_gather_single", "all_gather_into_tensor", "_all_gather_base", "all_gather"),
@@ -30,7 +32,7 @@ class Call(NamedTuple):
     """A collective or a message of this rank.
 
     Attributes:
-        kind: a key of `_CALLS`.
+        kind: a key of `_CALLS`; what a rank of the node is offered is a "send".
         ranks: the global ranks of its group.
         group: the name of the group, which tells communicators of the same ranks apart.
         numel, dtype: of its first tensor: what a collective writes, a message's own.
@@ -76,6 +78,14 @@ def collectives() -> Iterator[list[Call]]:
             for owner in (dist, dist.distributed_c10d):
                 if hasattr(owner, name):
                     patches.append(patch.object(owner, name, wrap(kind, getattr(owner, name))))
+    offer = CrossMemory.offer
+
+    def offered(memory: CrossMemory, tensor: torch.Tensor, to: int, tag: int) -> None:
+        ranks = tuple(dist.get_process_group_ranks(memory.group))
+        calls.append(Call("send", ranks, memory.group.group_name, tensor.numel(), tensor.dtype, ranks[to]))
+        offer(memory, tensor, to, tag)
+
+    patches.append(patch.object(CrossMemory, "offer", offered))
     for each in patches:
         each.start()
     try:

@@ -14,7 +14,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, product
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from lightning_mics import exchange
 from lightning_mics.channels import CollectiveError
 from lightning_mics.collectives import Collectives, flat_all_gather, flat_reduce_scatter
+from lightning_mics.cross_memory import CrossMemory
 from lightning_mics.exchange import Exchange
 from lightning_mics.groups import Groups, Tiers
 from lightning_mics.native import Native
@@ -56,6 +57,7 @@ class Case:
         chunk_bytes: in place of `CHUNK_BYTES`.
         dtype: of the buffer.
         two_tiers: whether the network makes it hierarchical.
+        cross_memory: whether ranks of a node read one another's memory.
         narrow: whether values cross between nodes in bf16.
         integers: whether values are small integers, whose sums no rounding changes.
         seed: of the values.
@@ -66,6 +68,7 @@ class Case:
     chunk_bytes: int
     dtype: torch.dtype
     two_tiers: bool
+    cross_memory: bool
     narrow: bool
     integers: bool
     seed: int
@@ -75,6 +78,8 @@ class Case:
         return self.shape[0] * self.shape[1]
 
     def form(self, cls: type[Collectives], tiers: Tiers) -> Collectives:
+        if not self.cross_memory:
+            tiers = replace(tiers, cross_memory=None)
         return cls(tiers, TWO_TIERS if self.two_tiers else ONE_TIER, torch.bfloat16 if self.narrow else None)
 
     def values(self, rank: int, numel: int) -> Tensor:
@@ -93,6 +98,7 @@ def cases(dtypes: list[torch.dtype], **fixed: Any) -> st.SearchStrategy[Case]:
         "chunk_bytes": st.sampled_from([1, 16, 40, 1 << 20]),
         "dtype": st.sampled_from(dtypes),
         "two_tiers": st.booleans(),
+        "cross_memory": st.booleans(),
         "narrow": st.booleans(),
         "integers": st.booleans(),
         "seed": st.integers(0, 99),
@@ -109,7 +115,7 @@ def tiers_of(nodes: int, per_node: int) -> Tiers | None:
         return None
     inside = insides[rank // per_node] if per_node > 1 else None
     between = betweens[rank % per_node] if nodes > 1 else None
-    return Tiers(ranks, rank, everyone, inside, between)
+    return Tiers(ranks, rank, everyone, inside, between, inside and CrossMemory.connect(inside))
 
 
 def drawn(strategy: st.SearchStrategy[Case]) -> list[Case]:
@@ -394,7 +400,11 @@ def impatient() -> Iterator[None]:
         begin = getattr(dist, name)
         return lambda *args, **kwargs: Impatient(begin(*args, **kwargs))
 
-    with patch.object(dist, "isend", hurried("isend")), patch.object(dist, "irecv", hurried("irecv")):
+    with (
+        patch.object(dist, "isend", hurried("isend")),
+        patch.object(dist, "irecv", hurried("irecv")),
+        patch.object(CrossMemory, "timeout", property(lambda memory: 1.0), create=True),
+    ):
         yield
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.cluster import Link, VirtualCluster, unavailable
 from lightning_mics import probe as module
+from lightning_mics.cross_memory import CrossMemory
 from lightning_mics.network import Network, Tier
 from lightning_mics.probe import probe
 from tests.distributed.ranks import run_ranks
@@ -21,7 +22,7 @@ from tests.distributed.ranks import run_ranks
 CPU = torch.device("cpu")
 
 
-def _peers(ranks_per_node: int) -> list[tuple[int, int]]:
+def _peers(ranks_per_node: int, cross_memory: bool) -> list[tuple[int, int]]:
     """Whom this rank sent to and received from, in order, each pair once."""
     pairs: list[tuple[int, int]] = []
     real: Callable[..., Any] = dist.batch_isend_irecv
@@ -33,8 +34,22 @@ def _peers(ranks_per_node: int) -> list[tuple[int, int]]:
         pairs.append((to.peer, source.peer))
         return real(operations)
 
+    offer, take = CrossMemory.offer, CrossMemory.take
+    offered: list[int] = []
+
+    def seen_offer(memory: CrossMemory, tensor: torch.Tensor, to: int, tag: int) -> None:
+        offered.append(dist.get_global_rank(memory.group, to))
+        offer(memory, tensor, to, tag)
+
+    def seen_take(memory: CrossMemory, target: torch.Tensor, source: int, tag: int) -> None:
+        pairs.append((offered.pop(), dist.get_global_rank(memory.group, source)))
+        take(memory, target, source, tag)
+
     with (
         patch.object(dist, "batch_isend_irecv", seen),
+        patch.object(CrossMemory, "connect", CrossMemory.connect if cross_memory else lambda *_: None),
+        patch.object(CrossMemory, "offer", seen_offer),
+        patch.object(CrossMemory, "take", seen_take),
         patch.object(module, "_SIZES", (8,)),
         patch.object(Tier, "fit", lambda _: Tier(1.0, 1.0)),
     ):
@@ -42,6 +57,7 @@ def _peers(ranks_per_node: int) -> list[tuple[int, int]]:
     return list(dict.fromkeys(pairs))
 
 
+@pytest.mark.parametrize("cross_memory", [True, False])
 @pytest.mark.parametrize(
     ("world", "ranks_per_node", "rank", "peers"),
     [
@@ -53,9 +69,9 @@ def _peers(ranks_per_node: int) -> list[tuple[int, int]]:
     ],
 )
 def test_rings_inside_nodes_and_then_between_them(
-    world: int, ranks_per_node: int, rank: int, peers: list[tuple[int, int]]
+    world: int, ranks_per_node: int, rank: int, peers: list[tuple[int, int]], cross_memory: bool
 ) -> None:
-    assert run_ranks(world, _peers, ranks_per_node)[rank] == peers
+    assert run_ranks(world, _peers, ranks_per_node, cross_memory)[rank] == peers
 
 
 LATENCY, BANDWIDTH = 2e-3, 50e6
