@@ -115,7 +115,10 @@ class CrossMemory:
 
         Raises:
             OSError: if that rank is gone; TimeoutError: if it is deaf.
+            ValueError: if `tensor` is not contiguous.
         """
+        if not tensor.is_contiguous():
+            raise ValueError(f"a tensor with strides {tensor.stride()} is not contiguous, and cannot be read as one piece")
         self._tell(to, tag, tensor.data_ptr(), tensor.nbytes)
 
     def take(self, target: Tensor, source: int, tag: int) -> None:

@@ -261,7 +261,8 @@ class _Numbering:
 class _Peers:
     """Messages on one tier, to and from the ranks that are some steps ahead and behind.
 
-    They travel in the dtype `narrow`, where given, and are numbered with those that leave in the phase `phase`.
+    They travel in the dtype `narrow`, where given, and are numbered with those that leave in the phase `phase`. Inside
+    a node they are taken from where they are, if its ranks can read one another's memory.
     """
 
     def __init__(

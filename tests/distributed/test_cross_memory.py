@@ -169,6 +169,16 @@ def test_a_rank_that_says_nothing_or_is_gone() -> None:
     assert offer.startswith("BrokenPipeError: ")
 
 
+def _in_pieces() -> str:
+    memory, other = connected(), 1 - dist.get_rank()
+    return raised(lambda: memory.offer(torch.zeros(4, 4)[:, 0], other, 0))
+
+
+def test_an_offer_in_pieces() -> None:
+    told = "ValueError: a tensor with strides (4,) is not contiguous, and cannot be read as one piece"
+    assert run_ranks(2, _in_pieces) == [told] * 2
+
+
 def _another_size() -> str:
     memory, other = connected(), 1 - dist.get_rank()
     mine = torch.zeros(4)
