@@ -118,7 +118,9 @@ class CrossMemory:
             ValueError: if `tensor` is not contiguous.
         """
         if not tensor.is_contiguous():
-            raise ValueError(f"a tensor with strides {tensor.stride()} is not contiguous, and cannot be read as one piece")
+            raise ValueError(
+                f"a tensor with strides {tensor.stride()} is not contiguous, and cannot be read as one piece"
+            )
         self._tell(to, tag, tensor.data_ptr(), tensor.nbytes)
 
     def take(self, target: Tensor, source: int, tag: int) -> None:
