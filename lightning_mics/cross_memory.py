@@ -61,7 +61,7 @@ class CrossMemory:
     ) -> None:
         self.group = group
         self.timeout = timeout
-        self._told = dist.get_process_group_ranks(group).__getitem__  # by their numbers in the default group
+        self._known_as = dist.get_process_group_ranks(group)  # in the default group, and so to people
         self._processes = tuple(processes)
         self._connections = dict(connections)
         self._rank_of = {connection.fileno(): rank for rank, connection in connections.items()}
@@ -132,7 +132,7 @@ class CrossMemory:
         """
         address, nbytes = self._hear(source, tag)
         if nbytes != target.nbytes:
-            raise ValueError(f"rank {self._told(source)} offers {nbytes} bytes where {target.nbytes} are expected")
+            raise ValueError(f"rank {self._known_as[source]} offers {nbytes} bytes where {target.nbytes} are expected")
         read(self._processes[source], address, target)
         self._tell(source, tag | _TAKEN)
 
@@ -160,14 +160,14 @@ class CrossMemory:
         with self._changed:
             while (rank, tag) not in self._notes:
                 if rank in self._gone:
-                    raise ConnectionResetError(f"rank {self._told(rank)} is gone")
+                    raise ConnectionResetError(f"rank {self._known_as[rank]} is gone")
                 self._listen(self._left(deadline, rank))
             return self._notes.pop((rank, tag))
 
     def _left(self, deadline: float, rank: int) -> float:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError(f"waited {self.timeout:g} s for rank {self._told(rank)}")
+            raise TimeoutError(f"waited {self.timeout:g} s for rank {self._known_as[rank]}")
         return left
 
     def _listen(self, seconds: float) -> None:
@@ -299,11 +299,10 @@ def _answer(listener: socket.socket, processes: Sequence[int], here: int) -> dic
 
 
 def _received(connection: socket.socket) -> bytes:
-    """The next message; nothing if the other side is gone."""
-    try:
-        return connection.recv(_NOTE.size)
-    except ConnectionResetError:
-        return b""
+    """The next message; nothing if the other side is gone and has nothing left to say."""
+    while True:
+        with suppress(ConnectionResetError):  # told once, ahead of what the other side said before it went
+            return connection.recv(_NOTE.size)
 
 
 def _close(connections: Iterable[socket.socket]) -> None:

@@ -169,6 +169,15 @@ def test_a_rank_that_says_nothing_or_is_gone() -> None:
     assert offer.startswith("BrokenPipeError: ")
 
 
+def test_what_was_said_is_heard_though_the_speaker_is_gone() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        theirs.send(b"taken")
+        ours.send(b"never read")
+        theirs.close()
+        assert [cross_memory._received(ours) for _ in range(3)] == [b"taken", b"", b""]
+
+
 def _in_pieces() -> str:
     memory, other = connected(), 1 - dist.get_rank()
     return raised(lambda: memory.offer(torch.zeros(4, 4)[:, 0], other, 0))
