@@ -5,8 +5,8 @@ hierarchical one (p-k)/p (MiCS, arXiv 2205.00119, section 3.3): first between no
 inside each node. Reduce-scatter is the mirror; all-reduce is one after the other.
 
 All work in place on one flat buffer of as many slots as there are ranks, in the order of ranks, so that nothing is
-reordered. There are two forms, `Exchange` and `Native`. Beside them stand `flat_all_gather` and `flat_reduce_scatter`,
-the same in one line each, for tests to compare with.
+reordered. There are three forms: `Exchange`, `Native` and `Pipelined`. Beside them stand `flat_all_gather` and
+`flat_reduce_scatter`, the same in one line each, for tests to compare with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Native: collectives made of the backend's own, stage by stage. On NCCL, and wherever gloo's messages cannot go."""
+"""Native: collectives made of the backend's own, stage by stage. Where gloo carries an accelerator's tensors."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from lightning_mics.exchange import Exchange
 from lightning_mics.groups import Groups, Tiers, backend_for, travels_by_messages
 from lightning_mics.native import Native
 from lightning_mics.network import Network, Tier
+from lightning_mics.pipelined import Pipelined
 
 
 @dataclass(frozen=True)
@@ -81,4 +82,7 @@ def collectives_for(
     tiers: Tiers, network: Network, device: torch.device, between_nodes: torch.dtype | None = None
 ) -> Collectives:
     """The form that suits tensors on `device` and the backend of `tiers` there; see `Collectives`."""
-    return (Exchange if travels_by_messages(device, tiers.everyone) else Native)(tiers, network, between_nodes)
+    if travels_by_messages(device, tiers.everyone):
+        return Exchange(tiers, network, between_nodes)
+    by_host = backend_for(device, tiers.everyone) == "gloo"  # its messages do not take an accelerator's memory
+    return (Native if by_host else Pipelined)(tiers, network, between_nodes)

@@ -1,6 +1,6 @@
 """512 ranks in one process: the real engine over groups that move nothing, seen from one rank at a time.
 
-The backend has no messages from point to point, so that what is counted here is what NCCL would be asked for.
+The backend is not gloo, so that what is counted here is what NCCL would be asked for.
 """
 
 from __future__ import annotations
@@ -46,17 +46,26 @@ class Ranks:
         self.flat = self.nodes == 1 or self.per_node == 1
 
     def gather(self, slot: int) -> Stages:
-        """Between nodes, N slots of this place; then inside the node, for each node, its k slots."""
+        """Between nodes, this rank's slot to each of the others; inside the node, for each node, its k slots."""
         if self.flat:
             return [("all_gather", self.everyone, self.size * slot)]
+        crossing: Stages = [("send", self.place, slot)] * (self.nodes - 1)
         inside: Stages = [("all_gather", self.node, self.per_node * slot)] * self.nodes
-        return [("all_gather", self.place, self.nodes * slot), *inside]
+        return crossing + inside
 
     def reduce_scatter(self, slot: int) -> Stages:
-        """Inside the node, for each node, the slot of its rank at this place; then between nodes this rank's own."""
+        """Inside the node, for each node, the slot of its rank at this place; between nodes, each sum to its node.
+
+        A third of the other nodes' at a time, and this node's own last.
+        """
         if self.flat:
             return [("reduce_scatter", self.everyone, slot)]
-        return [*[("reduce_scatter", self.node, slot)] * self.nodes, ("reduce_scatter", self.place, slot)]
+        stages: Stages = []
+        others, at_a_time = self.nodes - 1, math.ceil((self.nodes - 1) / 3)
+        for first in range(0, others, at_a_time):
+            count = min(at_a_time, others - first)
+            stages += [("reduce_scatter", self.node, slot)] * count + [("send", self.place, slot)] * count
+        return [*stages, ("reduce_scatter", self.node, slot)]
 
     def all_reduce(self, numel: int) -> Stages:
         """Of what is padded for all ranks, a k-th between nodes, and the whole inside the node before and after."""

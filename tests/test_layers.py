@@ -19,6 +19,7 @@ ROWS = (
     {"groups", "channels"},
     {"collectives", "climb", "residency", "held"},
     {"exchange", "native"},
+    {"pipelined"},
     {"wire", "blocks", "materialize", "usage"},
     {"comms", "block_order"},
     {"optimizer_shards"},

@@ -75,9 +75,10 @@ def collectives() -> Iterator[list[Call]]:
     patches = []
     for kind, names in _CALLS.items():
         for name in names:
-            for owner in (dist, dist.distributed_c10d):
-                if hasattr(owner, name):
-                    patches.append(patch.object(owner, name, wrap(kind, getattr(owner, name))))
+            owners = [owner for owner in (dist, dist.distributed_c10d) if hasattr(owner, name)]
+            if owners:  # which have the same function, and torch compares them
+                counted = wrap(kind, getattr(owners[0], name))
+                patches += [patch.object(owner, name, counted) for owner in owners]
     offer = CrossMemory.offer
 
     def offered(memory: CrossMemory, tensor: torch.Tensor, to: int, tag: int) -> None:

@@ -15,11 +15,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.gpu_exercise import check_collectives, check_ladder
 from lightning_mics.channels import InlineChannel
+from lightning_mics.collectives import Collectives
 from lightning_mics.comms import HopOne
 from lightning_mics.exchange import Exchange
 from lightning_mics.groups import Groups, backend_for
 from lightning_mics.native import Native
 from lightning_mics.network import Network
+from lightning_mics.pipelined import Pipelined
 from lightning_mics.topology import Topology
 from lightning_mics.wire import Traffic, collectives_for
 from tests.distributed.ranks import run_ranks
@@ -39,6 +41,17 @@ def test_gloo_exchanges_messages_between_hosts_and_never_from_an_accelerator() -
     assert run_ranks(2, chosen) == [[("gloo", Exchange.__name__), ("gloo", Native.__name__)]] * 2
 
 
+def chosen_for_nccl() -> str:
+    tiers = Groups.create(Topology(2, 1, 2), "cpu").hop_1
+    assert tiers is not None
+    with patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl"):
+        return type(collectives_for(tiers, Network.default(1, "cpu"), CUDA)).__name__
+
+
+def test_nccl_sends_from_an_accelerator() -> None:
+    assert run_ranks(2, chosen_for_nccl) == [Pipelined.__name__] * 2
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -55,15 +68,15 @@ def test_a_group_may_have_a_backend_for_each_device(config: str, expected: tuple
         assert (backend_for(CPU), backend_for(CUDA)) == expected
 
 
-def differing_by_accelerators_forms() -> list[str]:
+def differing_by_accelerators_forms(form: type[Collectives]) -> list[str]:
     """The checks that fail with the backend's collectives, issued inline, as they are where there are streams."""
     with (
         patch("lightning_mics.wire.channel_for", lambda *_, **__: InlineChannel()),
-        patch("lightning_mics.wire.collectives_for", lambda tiers, network, _, narrow: Native(tiers, network, narrow)),
+        patch("lightning_mics.wire.collectives_for", lambda tiers, network, _, narrow: form(tiers, network, narrow)),
         patch("benchmarks.gpu_exercise.channel_for", lambda *_, **__: InlineChannel()),
         patch(
             "benchmarks.gpu_exercise.collectives_for",
-            lambda tiers, network, _, narrow: Native(tiers, network, narrow),
+            lambda tiers, network, _, narrow: form(tiers, network, narrow),
         ),
     ):
         checks = [*check_collectives(CPU), *check_ladder(CPU)]
@@ -72,8 +85,9 @@ def differing_by_accelerators_forms() -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_rung_trains_alike_with_what_an_accelerator_gets() -> None:
-    assert run_ranks(4, differing_by_accelerators_forms) == [[]] * 4
+@pytest.mark.parametrize("form", [Native, Pipelined])
+def test_every_rung_trains_alike_with_what_an_accelerator_gets(form: type[Collectives]) -> None:
+    assert run_ranks(4, differing_by_accelerators_forms, form) == [[]] * 4
 
 
 # -- memory on an accelerator ------------------------------------------------------------------------------------------

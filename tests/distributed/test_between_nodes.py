@@ -12,6 +12,7 @@ from lightning_mics.exchange import Exchange
 from lightning_mics.groups import Groups
 from lightning_mics.native import Native
 from lightning_mics.network import Network, Tier
+from lightning_mics.pipelined import Pipelined
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import shard
 from lightning_mics.topology import Topology
@@ -35,7 +36,7 @@ def gathered(form: type[Collectives], topology: Topology) -> tuple[np.ndarray, n
     return buffer.numpy(), had.numpy()
 
 
-@pytest.mark.parametrize("form", [Exchange, Native])
+@pytest.mark.parametrize("form", [Exchange, Native, Pipelined])
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
 def test_a_gather_is_exact_inside_the_node_and_rounded_once_beyond(
     form: type[Collectives], ranks_per_node: int
@@ -57,7 +58,7 @@ def reduced(form: type[Collectives]) -> tuple[np.ndarray, np.ndarray]:
     return buffer.numpy(), torch.stack(own).numpy()
 
 
-@pytest.mark.parametrize("form", [Exchange, Native])
+@pytest.mark.parametrize("form", [Exchange, Native, Pipelined])
 def test_an_all_reduce_adds_in_fp32_and_is_the_same_everywhere(form: type[Collectives]) -> None:
     """One rounding of a node's sum on its way, one of the total: each at most 2**-8 of what it rounds."""
     results = [tuple(map(torch.from_numpy, arrays)) for arrays in run_ranks(4, reduced, form)]

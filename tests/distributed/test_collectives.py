@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_mics import exchange
+from lightning_mics import exchange, pipelined
 from lightning_mics.channels import CollectiveError
 from lightning_mics.collectives import Collectives, flat_all_gather, flat_reduce_scatter
 from lightning_mics.cross_memory import CrossMemory
@@ -37,6 +37,7 @@ from lightning_mics.exchange import Exchange
 from lightning_mics.groups import Groups, Tiers
 from lightning_mics.native import Native
 from lightning_mics.network import Network, Tier
+from lightning_mics.pipelined import Pipelined
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 from tests.distributed.ranks import run_ranks
@@ -56,6 +57,7 @@ class Case:
         numel: elements of a slot; of the whole buffer in an all-reduce.
         chunk_bytes: in place of `CHUNK_BYTES`.
         dtype: of the buffer.
+        stages: in place of `_STAGES`.
         two_tiers: whether the network makes it hierarchical.
         cross_memory: whether ranks of a node read one another's memory.
         narrow: whether values cross between nodes in bf16.
@@ -67,6 +69,7 @@ class Case:
     numel: int
     chunk_bytes: int
     dtype: torch.dtype
+    stages: int
     two_tiers: bool
     cross_memory: bool
     narrow: bool
@@ -97,6 +100,7 @@ def cases(dtypes: list[torch.dtype], **fixed: Any) -> st.SearchStrategy[Case]:
         "numel": st.integers(0, 67),
         "chunk_bytes": st.sampled_from([1, 16, 40, 1 << 20]),
         "dtype": st.sampled_from(dtypes),
+        "stages": st.sampled_from([1, 3]),
         "two_tiers": st.booleans(),
         "cross_memory": st.booleans(),
         "narrow": st.booleans(),
@@ -139,9 +143,12 @@ def go_through(cases: dict[Check, list[Case]]) -> dict[Check, list[str]]:
     tiers = {shape: tiers_of(*shape) for shape in SHAPES}
     wrong: dict[Check, list[str]] = {check: [] for check in cases}
     for check, each in cases.items():
-        for case, form in product(each, (Exchange, Native)):
+        for case, form in product(each, (Exchange, Native, Pipelined)):
             if (mine := tiers[case.shape]) is not None:
-                with patch.object(exchange, "CHUNK_BYTES", case.chunk_bytes):
+                with (
+                    patch.object(exchange, "CHUNK_BYTES", case.chunk_bytes),
+                    patch.object(pipelined, "_STAGES", case.stages),
+                ):
                     if problem := check(case, form, mine):
                         wrong[check].append(f"{form.__name__}, {case}: {problem}")
     return wrong
@@ -347,7 +354,17 @@ def test_native_goes_the_faster_way() -> None:
     assert (form.tiers_for(333_000).nodes, form.tiers_for(333_700).nodes) == (1, 2)
 
 
-@pytest.mark.parametrize("form", [Exchange, Native])
+def test_pipelined_goes_the_faster_way() -> None:
+    """5 x 2, 6 ms inside the nodes: of four crossings, the last two are passed on behind them; flat as `Native`.
+
+    4 (1 ms + s/1e8) + 6 ms + 2 s/1e9 = 9 (1 ms + s/2/1e8); even at s = 1e-3 / (4.5e-8 - 4.2e-8) = 333,333.
+    """
+    form = both(Pipelined, 5, 2, Network(Tier(6e-3, 1e9), Tier(1e-3, 1e8)))
+    assert form.seconds(1_000_000) == pytest.approx((4e-3 + 40e-3 + 6e-3 + 2e-3, 9e-3 + 45e-3))
+    assert (form.tiers_for(333_000).nodes, form.tiers_for(333_700).nodes) == (1, 5)
+
+
+@pytest.mark.parametrize("form", [Exchange, Native, Pipelined])
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1)])
 def test_one_tier_leaves_no_choice(form: type[Collectives], shape: tuple[int, int]) -> None:
     tiers = both(form, *shape, ONE_TIER).tiers_for(1)
