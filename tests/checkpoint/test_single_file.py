@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tests.distributed.toys import (
     seeded,
     trainer,
 )
+from tests.raising import raised
 
 
 class Counter(nn.Module):
@@ -339,21 +340,13 @@ class Longer(Whole):
         self.more = nn.Linear(WIDTH, WIDTH)
 
 
-def _raised(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except Exception as exception:
-        return f"{type(exception).__name__}: {exception}"
-    return "nothing"
-
-
 def _misfits(path: Path) -> dict[str, str]:
     def fit(module: Toy, file: Path = path) -> str:
-        return _raised(lambda: trainer(mics()).fit(module, Batches(6), ckpt_path=file))
+        return raised(lambda: trainer(mics()).fit(module, Batches(6), ckpt_path=file))
 
     def validate(module: Toy, **options: Any) -> str:
         run = trainer(mics(), **options)
-        return _raised(lambda: run.validate(module, Batches(1), ckpt_path=path, verbose=False))
+        return raised(lambda: run.validate(module, Batches(1), ckpt_path=path, verbose=False))
 
     if dist.get_rank() == 0:
         checkpoint = torch.load(path)

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import socket
 import threading
-from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from unittest.mock import patch
@@ -21,6 +20,7 @@ from lightning_mics.cross_memory import CrossMemory, read
 from lightning_mics.groups import Groups
 from lightning_mics.topology import Topology
 from tests.distributed.ranks import run_ranks
+from tests.raising import raised
 
 
 def connected(timeout: timedelta | None = None) -> CrossMemory:
@@ -132,14 +132,6 @@ def test_what_is_offered_is_left_alone_until_it_is_taken() -> None:
 
 
 # -- ranks that are gone, deaf or different ----------------------------------------------------------------------------
-
-
-def raised(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def _without_rank_1() -> list[str]:
