@@ -7,12 +7,17 @@ test would notice if it moved.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten  # nested inputs and outputs; torch has no public pytree
 
@@ -25,6 +30,8 @@ __all__ = [
     "coalesced",
     "forget_held_gradients",
     "in_backward",
+    "link_when_saved",
+    "named_files",
     "reduce_held_gradients",
     "reduce_scatter_single",
     "reduce_unused_params",
@@ -146,3 +153,22 @@ def script_launcher(tree: str) -> Any:
     "lightning.pytorch" or "pytorch_lightning". Test: tests/test_readme.py.
     """
     return importlib.import_module(f"{tree}.strategies.launchers.subprocess_script")._SubprocessScriptLauncher
+
+
+def named_files(plan: SavePlan, prefix: str) -> SavePlan:
+    """`plan`, to be written by the library's file writer into files whose names begin with `prefix`.
+
+    The writer would name them after the rank alone; that model and optimizer lie in files of their own, so that one can
+    be checked and read without the other, takes its private record. Test: tests/checkpoint/test_directory.py.
+    """
+    return replace(plan, storage_data=filesystem._StoragePrefix(prefix))
+
+
+def link_when_saved(callback: Any, link: Callable[..., None]) -> None:
+    """Have a callback's links made by `link(how, trainer, path, name)`, which decides when to call `how` with the rest.
+
+    ModelCheckpoint links as soon as the strategy has been told to save, by a method with an underscore.
+    Test: tests/checkpoint/test_async.py.
+    """
+    if hasattr(callback, "_link_checkpoint"):
+        callback._link_checkpoint = partial(link, type(callback)._link_checkpoint)

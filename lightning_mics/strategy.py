@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import pytorch_lightning
@@ -28,26 +28,16 @@ from typing_extensions import override
 
 from lightning_mics._compat import script_launcher
 from lightning_mics.blocks import BlockChoice
-from lightning_mics.checkpoint import (
-    Checkpoint,
-    SingleFile,
-    TrainingRng,
-    load_whole_state_dict,
-    optimizer_state_by_name,
-)
+from lightning_mics.checkpoint import TrainingRng, Verify, Writers
 from lightning_mics.climb import Budget
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.precision import Precision
+from lightning_mics.saving import SavingMixin
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
-
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import ParallelStrategy as _Base
-else:
-    _Base = object
 
 _MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 _SHARDED = "_mics_module"
@@ -80,7 +70,7 @@ _REDUCE_OPS = {
 }
 
 
-class MiCSStrategyMixin(_Base):
+class MiCSStrategyMixin(SavingMixin):
     """MiCS for Lightning: model state sharded in partition groups, replicated across them, synchronised in two hops.
 
     Args:
@@ -113,6 +103,13 @@ class MiCSStrategyMixin(_Base):
             `training_step` that reads a block's parameters outside that block's forward calls
             `trainer.strategy.mics.finish_updates()` first.
         network: what the cluster's two tiers can do, from `mics probe`: the path of its file, or a `Network`.
+        async_save: let training go on while a checkpoint is written from a copy in host memory, of as many bytes as
+            this rank writes. One at a time: the next save waits for it, and so does the end of training. If it fails,
+            the next step raises. Otherwise a save returns when it is on the disk.
+        writers: "all" ranks share the writing of a checkpoint, to a file system that all of them see; "group" leaves it
+            to the first partition group, whose node then holds all of it, on a disk of its own if need be.
+        verify: how much of a checkpoint is compared with its checksums before it is loaded: "auto", all that will be
+            read; "full", all; "off", nothing.
         process_group_backend: "nccl", "gloo", ...; by default that of the device.
         timeout: of the process groups. By default torch's.
 
@@ -140,6 +137,9 @@ class MiCSStrategyMixin(_Base):
         memory_budget: int | float = 0.9,
         optimizer_state: OptimizerState | str = OptimizerState.PARTITION,
         network: Network | str | Path | None = None,
+        async_save: bool = False,
+        writers: Writers | str = Writers.ALL,
+        verify: Verify | str = Verify.AUTO,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
         **kwargs: Any,
@@ -160,7 +160,12 @@ class MiCSStrategyMixin(_Base):
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._groups: Groups | None = None
-        self._rng = TrainingRng()
+        self._set_saving(async_save, writers, verify)
+        if self._writers == Writers.GROUP and self._optimizer_state == OptimizerState.WORLD:
+            raise ValueError(
+                'writers="group" needs every partition group to hold the whole optimizer state, and '
+                'optimizer_state="world" gives each a part of it; choose writers="all", or optimizer_state="partition"'
+            )
 
     # -- the cluster -------------------------------------------------------------------------------------------------
 
@@ -267,6 +272,7 @@ class MiCSStrategyMixin(_Base):
                 'optimizer_state="world" needs automatic optimization: under manual optimization nobody tells when a '
                 'window begins, and gradients in the midst of one could not be cleared; choose "partition"'
             )
+        self._link_after_saves(trainer.callbacks)  # type: ignore[attr-defined]
         super().setup(trainer)
 
     @override
@@ -322,6 +328,7 @@ class MiCSStrategyMixin(_Base):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.saver.look()
         self._rng.step_begins(new_epoch=batch_idx == 0)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -376,10 +383,12 @@ class MiCSStrategyMixin(_Base):
     def on_exception(self, exception: BaseException) -> None:
         if isinstance(self.model, MiCSModule):
             self.model.abort()
+        self._end_saving(exception)
 
     @override
     def on_train_end(self) -> None:
         self.mics.finish_updates()
+        self.saver.wait()
 
     @override
     def on_validation_start(self) -> None:
@@ -445,81 +454,13 @@ class MiCSStrategyMixin(_Base):
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if averages else _REDUCE_OPS.get(op, op), group=group)
         return tensor / dist.get_world_size(group) if averages else tensor
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
-    @property
-    @override
-    def lightning_restore_optimizer(self) -> bool:
-        return False
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        self.mics.release()
-        self.mics.synchronize_buffers()
-        state: dict[str, Any] = self.lightning_module.state_dict()
-        return state
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return optimizer_state_by_name(self.lightning_module, getattr(optimizer, "optimizer", optimizer))
-
-    @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
-    ) -> None:
-        if storage_options is not None:
-            raise TypeError(
-                f"storage_options={storage_options!r}: a sharded checkpoint is written by every rank to a shared file "
-                "system and takes no storage options; leave it out"
-            )
-        assert self.lightning_module is not None
-        Checkpoint(self.broadcast(filepath)).save(checkpoint, self.lightning_module, self._rng.state)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
-        fits = module.trainer.state.fn == "fit"  # the optimizers of a fit outlive it
-        optimizers = self.optimizers if fits else ()
-        self.mics.finish_updates()
-        self.mics.release()
-        if path.is_file():
-            return SingleFile(path).load(module, optimizers, weights_only=weights_only)
-        checkpoint = Checkpoint(path)
-        rest = checkpoint.load(module, optimizers, strict=module.strict_loading, weights_only=weights_only)
-        if fits:
-            self._rng.interrupt(checkpoint.rng_state())
-        return rest
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """What a single file holds; of a directory, `load_checkpoint` has read each rank's shards in place."""
-        if checkpoint["state_dict"]:
-            assert self.lightning_module is not None
-            load_whole_state_dict(self.lightning_module, checkpoint["state_dict"], strict)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing to do: `load_checkpoint` has read each rank's shards in place."""
-
-    @override
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        if self.is_global_zero:
-            Checkpoint(filepath).remove()
-
     @override
     def teardown(self) -> None:
         """Shards stay on their device: the module may be run again, and is whole nowhere."""
         assert self.cluster_environment is not None and self.accelerator is not None
         if isinstance(self.model, MiCSModule):
             self.model.release()
+        self._end_saving()
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

@@ -27,6 +27,7 @@ ROWS = (
     {"accounting"},
     {"sharding"},
     {"checkpoint", "probe", "telemetry", "planner"},
+    {"saving"},
     {"strategy", "fabric", "accelerate"},
     {"callbacks"},
     {"cli"},

@@ -1,14 +1,25 @@
-"""Checkpoints: sharded, exact, and readable at another number of ranks."""
+"""Checkpoints: sharded, exact, verified, and readable at another number of ranks."""
 
 from lightning_mics.checkpoint.directory import Checkpoint
 from lightning_mics.checkpoint.optimizer import optimizer_state_by_name
+from lightning_mics.checkpoint.pieces import Writers
 from lightning_mics.checkpoint.rng import TrainingRng, get_rng_state, set_rng_state
+from lightning_mics.checkpoint.saver import Saver
 from lightning_mics.checkpoint.single_file import SingleFile, consolidate, load_whole_state_dict
+from lightning_mics.checkpoint.snapshot import Snapshot
+from lightning_mics.checkpoint.verification import Verify
+from mics_tools.manifest import DamagedCheckpoint, Manifest
 
 __all__ = [
     "Checkpoint",
+    "DamagedCheckpoint",
+    "Manifest",
+    "Saver",
     "SingleFile",
+    "Snapshot",
     "TrainingRng",
+    "Verify",
+    "Writers",
     "consolidate",
     "get_rng_state",
     "load_whole_state_dict",

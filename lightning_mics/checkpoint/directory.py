@@ -1,30 +1,37 @@
-"""A checkpoint is a directory that every rank writes into.
+"""A checkpoint is a directory that the ranks write together.
 
-    DIR/.metadata, *.distcp   model and optimizer tensors, in the format of torch.distributed.checkpoint
-    DIR/lightning.pt          what Lightning keeps beside them: loops, callbacks, hyperparameters, optimizer settings
-    DIR/rng/00003.pt          random state of rank 3
+    DIR/manifest.json                    what there is, with sizes and checksums; for people too
+    DIR/model-00003-0.distcp             tensors of the model that rank 3 wrote
+    DIR/optimizer-00003-0.distcp         optimizer state that rank 3 wrote
+    DIR/.metadata                        where each tensor is, as torch.distributed.checkpoint has it
+    DIR/lightning.pt                     what Lightning keeps beside tensors: loops, callbacks, hyperparameters
+    DIR/rng.pt                           random state of every rank
 
-Tensors are one replica's worth in all: ranks that hold the same shard share the writing. It is written aside and
-renamed when every rank is done, so that a directory of this name is a whole checkpoint. Any number of ranks and any
-partition size reads it.
+It is written aside, flushed, checked and put in its place in one move, so that a directory of this name is a whole
+checkpoint. Any number of ranks and any partition size reads it, and so does any reader of the library.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
+import io
+import pickle
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from lightning_mics.checkpoint.agreement import tensors_together, together
+from lightning_mics.checkpoint import atomic, metadata
+from lightning_mics.checkpoint.agreement import gathered, together
+from lightning_mics.checkpoint.flat import MODEL, OPTIMIZER, aliases_in, join, parts_of
 from lightning_mics.checkpoint.optimizer import (
     StateByName,
     check_same_parameters,
@@ -33,13 +40,14 @@ from lightning_mics.checkpoint.optimizer import (
     number_parameters,
     paired,
 )
-from lightning_mics.checkpoint.rng import get_rng_state
+from lightning_mics.checkpoint.snapshot import Snapshot, Written
+from lightning_mics.checkpoint.verification import Verify, verify_alone, verify_together
+from mics_tools.manifest import NAME as MANIFEST
+from mics_tools.manifest import File, Manifest, TensorEntry, file_as_written
 
-_REST = "lightning.pt"
-_MODEL = "model."
-_OPTIMIZER = "optimizer"
+REST = "lightning.pt"
+_RNG = "rng.pt"
 _EXTRA = "_extra_state"  # torch's key for what a module keeps by get_extra_state
-_TIED = "tied"
 
 
 class Checkpoint:
@@ -54,29 +62,52 @@ class Checkpoint:
 
     # -- save --------------------------------------------------------------------------------------------------------
 
-    def save(self, checkpoint: dict[str, Any], module: nn.Module, rng: dict[str, Any] | None = None) -> None:
-        """Write `checkpoint`, as Lightning dumps it, atomically. Collective on the default group.
-
-        Args:
-            checkpoint: "state_dict", "optimizer_states" (by name), and anything else that torch.save takes.
-            module: the module of the state dict; tells which names are tied and hence one tensor.
-            rng: this rank's random state; by default that of its generators now.
+    def write(self, snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> None:
+        """Write what the ranks took snapshots of, atomically. Collective on `group`, of all ranks.
 
         Raises:
-            RuntimeError: on every rank if any rank failed; what stood at `path` before is untouched.
+            OSError, RuntimeError: on every rank if any rank failed; what stood at `path` before is untouched.
         """
-        tensors, rest = _split(checkpoint, _aliases(module))
-        aside = self.path.with_name(f".{self.path.name}.partial")
-        together(lambda: _make_empty(aside) if dist.get_rank() == 0 else None, f"cannot create {aside}")
-        tensors_together(lambda: dcp.save(tensors, checkpoint_id=aside), f"cannot write tensors into {aside}")
+        first = dist.get_rank() == 0
+        failure = f"cannot save {self.path}"
+        with ExitStack() as stack:
+            opened = together(lambda: stack.enter_context(self._aside()) if first else None, failure, group)
+            folder = opened or atomic.aside(self.path)
+            written = gathered(lambda: (*snapshot.write_pieces(folder), snapshot.rng), failure, group)
+            together(lambda: self._finish(folder, snapshot, written, stack) if first else None, failure, group)
 
-        def write() -> None:
-            if dist.get_rank() == 0:
-                torch.save(rest, aside / _REST)
-            torch.save(rng or get_rng_state(), aside / "rng" / f"{dist.get_rank():05d}.pt")
+    def _aside(self) -> Any:
+        atomic.restore(self.path.parent)
+        if gone := atomic.clean(self.path.parent):
+            rank_zero_info(f"deleted what saves that did not end had left: {', '.join(map(str, gone))}")
+        return atomic.written_aside(self.path)
 
-        together(write, f"cannot write into {aside}")
-        together(lambda: _replace(aside, self.path) if dist.get_rank() == 0 else None, f"cannot rename {aside}")
+    def _finish(
+        self,
+        folder: Path,
+        snapshot: Snapshot,
+        written: Sequence[tuple[dict[str, File], Written, bytes]],
+        stack: ExitStack,
+    ) -> None:
+        """On rank 0: what belongs to no rank, then the manifest; checked, and put in place."""
+        index = metadata.metadata_of(snapshot.tensors, [place for _, places, _ in written for place in places])
+        FileSystemWriter(folder).finish(index, [[result for result, _ in places] for _, places, _ in written])
+        (folder / REST).write_bytes(snapshot.rest)
+        torch.save(dict(enumerate(rng for _, _, rng in written)), folder / _RNG)
+        files = {name: file for mine, _, _ in written for name, file in mine.items()}
+        files |= {name: file_as_written(folder / name) for name in (metadata.NAME, REST, _RNG)}
+        manifest = _manifest(snapshot, files)
+        if damage := manifest.damage(folder, contents=False):
+            name, reason = next(iter(damage.items()))
+            raise RuntimeError(
+                f"{folder / name} is {reason} as rank 0 sees it, though another rank has written it; save to a file "
+                'system that all ranks see, or let one group write: writers="group"'
+            )
+        (folder / MANIFEST).write_text(manifest.to_text())
+        for name in (REST, _RNG, MANIFEST):
+            atomic.flush(folder / name)
+        _warn_if_unsafe(self.path, snapshot.rest)
+        stack.close()
 
     # -- load --------------------------------------------------------------------------------------------------------
 
@@ -87,6 +118,7 @@ class Checkpoint:
         *,
         strict: bool = True,
         weights_only: bool | None = None,
+        verify: Verify = Verify.AUTO,
     ) -> dict[str, Any]:
         """Read tensors into `module` and `optimizers` in place, and return the rest. Collective on the default group.
 
@@ -94,77 +126,94 @@ class Checkpoint:
             module: sharded; its parameters and buffers take the saved values, whatever partition size saved them.
             optimizers: as saved, in number and in parameters; none to leave them out.
             strict: whether names missing on either side are an error.
-            weights_only: of `torch.load`, for Lightning's part.
+            weights_only: of `torch.load`, for Lightning's part. Only False lets it run code.
+            verify: how much is compared with the manifest first.
 
         Returns:
             What Lightning keeps beside optimizer state; "state_dict" is empty, as all of it is loaded.
 
         Raises:
-            FileNotFoundError, ValueError: on every rank if there is no checkpoint, or it does not fit; names what, and
-                leaves everything as it was.
+            FileNotFoundError, ValueError: on every rank if there is no checkpoint, it is damaged, or it does not fit;
+                names what, and leaves everything as it was.
             RuntimeError: on every rank if any rank could not read its part.
         """
-        saved, rest = together(lambda: self._open(weights_only), f"cannot read {self.path}")
+        manifest = together(self._described, f"cannot read {self.path}")
+        verify_together(self.path, manifest, verify, optimizers=bool(optimizers))
+        index, rest = together(lambda: self._open(weights_only), f"cannot read {self.path}")
+        saved = index.state_dict_metadata
         states = rest.pop("optimizer_states", None)
-        rest.pop(_TIED, None)
 
         def fit() -> dict[str, Any]:
             targets = self._model_targets(module, saved, strict)
             return targets | self._optimizer_targets(module, optimizers, saved, states) if optimizers else targets
 
         targets = together(fit, f"cannot load {self.path}")
-        tensors_together(lambda: dcp.load(targets, checkpoint_id=self.path), f"cannot read tensors of {self.path}")
+        together(lambda: metadata.read(self.path, index, targets), f"cannot read tensors of {self.path}")
         for optimizer, state in zip(optimizers, states or (), strict=False):  # as many, or no optimizer
             optimizer.load_state_dict(number_parameters(state))
-        extra = {key.removeprefix(_MODEL): value for key, value in targets.items() if key.endswith(_EXTRA)}
+        extra = {key.removeprefix(MODEL): value for key, value in targets.items() if key.endswith(_EXTRA)}
         module.load_state_dict(rest["state_dict"] | extra, strict=False)  # a copy of what modules keep elsewhere
         return {**rest, "state_dict": {}}
 
-    def read(self, weights_only: bool | None = None) -> dict[str, Any]:
-        """All of it, with whole tensors in this process's memory, as `save` was given it. Needs no process group.
+    def read(self, weights_only: bool | None = None, *, verify: Verify = Verify.AUTO) -> dict[str, Any]:
+        """All of it, with whole tensors in this process's memory, as it was dumped. Needs no process group.
 
         Args:
-            weights_only: of `torch.load`, for Lightning's part.
+            weights_only: of `torch.load`, for Lightning's part. Only False lets it run code.
+            verify: how much is compared with the manifest first.
 
         Raises:
-            FileNotFoundError, ValueError: if there is no checkpoint.
+            FileNotFoundError, ValueError: if there is no checkpoint, or it is damaged.
         """
-        saved, rest = self._open(weights_only)
-        entries = {key: meta for key, meta in saved.items() if isinstance(meta, TensorStorageMetadata)}
+        verify_alone(self.path, self._described(), verify)
+        index, rest = self._open(weights_only)
+        entries = {
+            key: meta for key, meta in index.state_dict_metadata.items() if isinstance(meta, TensorStorageMetadata)
+        }
         tensors = {key: torch.empty(meta.size, dtype=meta.properties.dtype) for key, meta in entries.items()}
-        dcp.load(tensors, checkpoint_id=self.path, no_dist=True)
-        return _join(tensors, rest)
+        metadata.read(self.path, index, tensors)
+        return join(tensors, rest)
 
     def rng_state(self) -> dict[str, Any] | None:
         """This rank's random state at the save; None if fewer ranks saved."""
-        path = self.path / "rng" / f"{dist.get_rank():05d}.pt"
-        return torch.load(path, weights_only=True) if path.exists() else None
+        states: dict[int, bytes] = torch.load(self.path / _RNG, weights_only=True)
+        state = states.get(dist.get_rank())
+        return None if state is None else torch.load(io.BytesIO(state), weights_only=True)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What it says it holds.
+
+        Raises:
+            DamagedCheckpoint: if that cannot be told.
+        """
+        return Manifest.of(self.path)
 
     def remove(self) -> None:
         """Delete it; nothing happens if it is not there."""
-        if self.path.is_symlink() or self.path.is_file():
-            self.path.unlink()
-        elif self.path.is_dir():
-            shutil.rmtree(self.path)
+        atomic.remove(self.path)
 
-    def _open(self, weights_only: bool | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _described(self) -> Manifest:
         if self.path.is_file():
             raise ValueError(
                 f"{self.path} is a single file, not a checkpoint directory; use it as it is: load_from_checkpoint and "
                 "ckpt_path take it"
             )
-        if not (self.path / ".metadata").exists():
-            raise FileNotFoundError(
-                f"{self.path} is not a checkpoint: it has no .metadata; give the directory that was saved"
-            )
-        saved = dcp.FileSystemReader(self.path).read_metadata().state_dict_metadata
-        rest = torch.load(self.path / _REST, map_location="cpu", weights_only=weights_only)
-        return dict(saved), rest
+        if not any((self.path / name).exists() for name in (MANIFEST, metadata.NAME, REST)):
+            raise FileNotFoundError(f"{self.path} is not a checkpoint; give the directory that was saved")
+        if unfinished := atomic.left_over(self.path.parent):
+            rank_zero_warn(f"left by saves that did not end, and not loaded: {', '.join(map(str, unfinished))}")
+        return self.manifest
+
+    def _open(self, weights_only: bool | None) -> tuple[Metadata, dict[str, Any]]:
+        return metadata.Reader(self.path).read_metadata(), _load_rest(self.path / REST, weights_only)
 
     def _model_targets(self, module: nn.Module, saved: dict[str, Any], strict: bool) -> dict[str, Any]:
-        aliases = _aliases(module)
-        wanted = {_MODEL + k: v for k, v in module.state_dict().items() if k not in aliases and isinstance(v, Tensor)}
-        held = {key for key in saved if key.startswith(_MODEL)}
+        aliases = aliases_in(module)
+        wanted = {
+            MODEL + k: v for k, v in module.state_dict().items() if k not in aliases and isinstance(v, torch.Tensor)
+        }
+        held = {key for key in saved if key.startswith(MODEL)}
         missing, unexpected = sorted(wanted.keys() - held), sorted(held - wanted.keys())
         if strict and (missing or unexpected):
             raise ValueError(
@@ -172,13 +221,14 @@ class Checkpoint:
                 "build the model that was saved, or set strict_loading=False on the LightningModule"
             )
         targets = {key: tensor for key, tensor in wanted.items() if key in held}
-        for key, tensor in targets.items():
-            meta = saved[key]
-            if meta.size != tensor.shape or meta.properties.dtype != tensor.dtype:
-                raise ValueError(
-                    f"{key.removeprefix(_MODEL)}: saved with shape {tuple(meta.size)} and {meta.properties.dtype}, "
-                    f"the module has {tuple(tensor.shape)} and {tensor.dtype}; build the model that was saved"
-                )
+        differences = [
+            f"{key.removeprefix(MODEL)}: saved with shape {tuple(saved[key].size)} and {saved[key].properties.dtype}, "
+            f"the module has {tuple(tensor.shape)} and {tensor.dtype}"
+            for key, tensor in targets.items()
+            if saved[key].size != tensor.shape or saved[key].properties.dtype != tensor.dtype
+        ]
+        if differences:
+            raise ValueError(f"{_first(differences, '; ')}; build the model that was saved")
         return targets
 
     def _optimizer_targets(
@@ -189,76 +239,67 @@ class Checkpoint:
         states: list[StateByName] | None,
     ) -> dict[str, Any]:
         """Tensors to read optimizer state into, each entered in `states` as well."""
-        targets: dict[str, Any] = {}
-        for i, (optimizer, state) in enumerate(paired(self.path, optimizers, states)):
+        held = []
+        for optimizer, state in paired(self.path, optimizers, states):
             check_same_parameters(module, optimizer, state)
-            held = held_by_name(module, optimizer)
-            prefix = f"{_OPTIMIZER}.{i}."
-            for key, meta in saved.items():
-                if key.startswith(prefix) and isinstance(meta, TensorStorageMetadata):
-                    name, field = key.removeprefix(prefix).rsplit(".", 1)
-                    tensor = empty_like_saved(held[name], meta.size, meta.properties.dtype)
-                    targets[key] = state["state"].setdefault(name, {})[field] = tensor
+            held.append((held_by_name(module, optimizer), state["state"]))
+        targets: dict[str, Any] = {}
+        for key, meta in saved.items():
+            if key.startswith(OPTIMIZER) and isinstance(meta, TensorStorageMetadata):
+                number, name, field = parts_of(key)
+                params, state = held[number]
+                tensor = empty_like_saved(params[name], meta.size, meta.properties.dtype)
+                targets[key] = state.setdefault(name, {})[field] = tensor
         return targets
 
 
-def _split(checkpoint: dict[str, Any], aliases: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors, flat, for the distributed writer; and the rest, without them."""
-    state = checkpoint.get("state_dict", {})
-    tensors = {_MODEL + k: v for k, v in state.items() if isinstance(v, Tensor) and k not in aliases}
-    rest = {**checkpoint, "state_dict": {k: v for k, v in state.items() if not isinstance(v, Tensor)}}
-    rest[_TIED] = {k: aliases[k] for k in state if k in aliases}
-    if "optimizer_states" in checkpoint:
-        rest["optimizer_states"] = []
-    for i, optimizer in enumerate(checkpoint.get("optimizer_states", ())):
-        values: dict[str, dict[str, Any]] = {}
-        for name, fields in optimizer["state"].items():
-            tensors |= {f"{_OPTIMIZER}.{i}.{name}.{k}": v for k, v in fields.items() if isinstance(v, Tensor)}
-            values[name] = {k: v for k, v in fields.items() if not isinstance(v, Tensor)}
-        rest["optimizer_states"].append({"state": values, "param_groups": optimizer["param_groups"]})
-    return tensors, rest
+def _manifest(snapshot: Snapshot, files: Mapping[str, File]) -> Manifest:
+    return Manifest(
+        step=snapshot.step,
+        epoch=snapshot.epoch,
+        saved=snapshot.saved,
+        writers=snapshot.writers,
+        versions=snapshot.versions,
+        topology=asdict(snapshot.topology),
+        files=dict(sorted(files.items())),
+        tensors={
+            key: TensorEntry(str(dtype).removeprefix("torch."), tuple(size))
+            for key, (dtype, size) in snapshot.tensors.items()
+        },
+    )
 
 
-def _join(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of `_split`, in place of `rest`."""
-    state = rest["state_dict"]
-    for key, tensor in tensors.items():
-        if key.startswith(_MODEL):
-            state[key.removeprefix(_MODEL)] = tensor
-        else:
-            _, i, name_and_field = key.split(".", 2)
-            name, field = name_and_field.rsplit(".", 1)
-            rest["optimizer_states"][int(i)]["state"].setdefault(name, {})[field] = tensor
-    state |= {alias: state[name] for alias, name in rest.pop(_TIED, {}).items() if name in state}
+def _load_rest(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    safe = weights_only is not False
+    try:
+        rest: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=safe)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds objects that are not plain data, and to load them is to run their code: {_reason(error)}. "
+            "If you trust who saved it, pass weights_only=False (to fit, validate, test, predict or consolidate), or "
+            "name their classes by torch.serialization.add_safe_globals"
+        ) from None
     return rest
 
 
-def _aliases(module: nn.Module) -> dict[str, str]:
-    """Names of tied parameters after the first, and the first."""
-    first: dict[int, str] = {}
-    names = module.named_parameters(remove_duplicate=False)
-    return {name: first[id(param)] for name, param in names if first.setdefault(id(param), name) != name}
+def _warn_if_unsafe(path: Path, rest: bytes) -> None:
+    try:
+        torch.load(io.BytesIO(rest), map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        rank_zero_warn(
+            f"{path} opens with weights_only=False alone, as it holds objects that are not plain data: {_reason(error)}"
+        )
 
 
-def _make_empty(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        shutil.rmtree(path)
-    (path / "rng").mkdir(parents=True)
-
-
-def _replace(aside: Path, path: Path) -> None:
-    """Put `aside` where `path` is, which stays whole until then."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed here
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        os.replace(path, old)
-    os.replace(aside, path)
-    shutil.rmtree(old, ignore_errors=True)
+def _reason(error: Exception) -> str:
+    """What torch says of the object, without its advice."""
+    lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "WeightsUnpickler" in line]
+    return lines[0] if lines else str(error)
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(name.removeprefix(_MODEL) for name in names[:5])
-    return f"[{shown}{f', and {len(names) - 5} more' if len(names) > 5 else ''}]"
+    return f"[{_first([name.removeprefix(MODEL) for name in names], ', ')}]"
+
+
+def _first(texts: Sequence[str], between: str) -> str:
+    return between.join(texts[:5]) + (f"{between}and {len(texts) - 5} more" if len(texts) > 5 else "")

@@ -195,7 +195,7 @@ def _refusals(path: Path) -> None:
     run = _run(module, [])
     with pytest.raises(TypeError, match="takes no storage options"):
         run.save_checkpoint(path / "x.ckpt", storage_options={"a": 1})
-    with pytest.raises(FileNotFoundError, match=r"is not a checkpoint: it has no \.metadata"):
+    with pytest.raises(FileNotFoundError, match=r"is not a checkpoint; give the directory"):
         _run(module, [], path / "nowhere.ckpt")
 
 

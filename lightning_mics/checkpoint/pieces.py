@@ -1,0 +1,126 @@
+"""Pieces: which rank writes which part of a checkpoint, known to every rank without a word.
+
+Ranks that hold the same bytes share the writing of them. Laid end to end, what they hold is a line; of m such ranks
+each writes an m-th of it, cut between rows. One replica is written in all, and every rank writes as much as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from lightning_mics.topology import Topology
+
+
+class Writers(StrEnum):
+    """Which ranks write a checkpoint."""
+
+    ALL = "all"
+    """All ranks share the writing, on a file system that all of them see."""
+    GROUP = "group"
+    """The first partition group alone, so that its node has a complete checkpoint on a disk of its own."""
+
+    @classmethod
+    def parse(cls, name: Writers | str) -> Writers:
+        """The one that a user named.
+
+        Raises:
+            ValueError: if there is none of that name.
+        """
+        if name not in list(cls):
+            raise ValueError(f"writers={name!r} is not understood; choose one of {', '.join(cls)}")
+        return cls(name)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a tensor, to be written by this rank.
+
+    Attributes:
+        key: the tensor's name in the checkpoint.
+        size: of the whole tensor.
+        offset: where in the whole tensor `rows` begin, in each dimension.
+        rows: the values, in this rank's memory.
+    """
+
+    key: str
+    size: torch.Size
+    offset: torch.Size
+    rows: Tensor
+
+    @property
+    def index(self) -> MetadataIndex:
+        """By which the library finds it."""
+        return MetadataIndex(self.key, self.offset)
+
+    def item(self) -> WriteItem:
+        """As the library's writer takes it."""
+        chunk = ChunkStorageMetadata(offsets=self.offset, sizes=self.rows.shape)
+        data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=self.rows.dtype), size=self.size)
+        return WriteItem(index=self.index, type=WriteItemType.SHARD, tensor_data=data)
+
+
+def pieces_of(
+    tensors: Mapping[str, Tensor], topology: Topology, rank: int, writers: Writers = Writers.ALL
+) -> list[Piece]:
+    """What `rank` writes of `tensors`. No communication.
+
+    Args:
+        tensors: by name, the same on every rank; each whole on every rank, or a DTensor on the mesh of this rank's
+            partition group or of all ranks, sharded along every axis of it.
+        topology: who holds what.
+        rank: this rank.
+        writers: which ranks write.
+    """
+    held = _held(tensors)
+    lines: dict[tuple[int, ...], list[Piece]] = {}
+    for key, piece in held.items():
+        lines.setdefault(_writing(tensors[key], topology, rank, writers), []).append(piece)
+    return [part for ranks, line in lines.items() if rank in ranks for part in _part_of(line, ranks, rank)]
+
+
+def _held(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """What this rank holds of each tensor; nothing of those of which it holds nothing."""
+    items: Sequence[Any] = create_default_local_save_plan(dict(tensors), is_coordinator=True).items
+    held = {}
+    for item in items:
+        key, tensor = item.index.fqn, tensors[item.index.fqn]
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.numel():
+            held[key] = Piece(key, tensor.shape, item.tensor_data.chunk.offsets, local.detach())
+    return held
+
+
+def _writing(tensor: Tensor, topology: Topology, rank: int, writers: Writers) -> tuple[int, ...]:
+    """The ranks that hold what `rank` holds of `tensor`, and write."""
+    holding: tuple[int, ...] = tuple(range(topology.world_size))
+    if isinstance(tensor, DTensor):
+        of_all = tensor.device_mesh.ndim > 1
+        holding = (rank,) if of_all else topology.replication_groups[topology.shard_of(rank)]
+    return holding if writers == Writers.ALL else tuple(r for r in holding if r in topology.partition_groups[0])
+
+
+def _part_of(line: Sequence[Piece], ranks: tuple[int, ...], rank: int) -> list[Piece]:
+    """This rank's equal part of what `ranks` hold: the rows that begin within its bounds."""
+    length = sum(piece.rows.nbytes for piece in line)
+    low, high = (length * i // len(ranks) for i in (ranks.index(rank), ranks.index(rank) + 1))
+    parts, start = [], 0
+    for piece in line:
+        rows, ndim = piece.rows, piece.rows.ndim
+        height = rows.shape[0] if ndim else 1
+        width = rows.nbytes // height
+        first, last = (min(max(-(-(bound - start) // width), 0), height) for bound in (low, high))
+        if first < last:
+            offset = torch.Size((piece.offset[0] + first, *piece.offset[1:])) if ndim else piece.offset
+            parts.append(Piece(piece.key, piece.size, offset, rows[first:last] if ndim else rows))
+        start += rows.nbytes
+    return parts

@@ -1,0 +1,197 @@
+"""What Lightning asks of a strategy about checkpoints, as `MiCSStrategyMixin` answers it.
+
+Lightning names the paths and says what to save and to delete; here is when that is safe. Under `async_save` it is told
+"done" before it is, so what it then does to older checkpoints waits until the new one has committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mics._compat import link_when_saved
+from lightning_mics.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    Saver,
+    SingleFile,
+    TrainingRng,
+    Verify,
+    Writers,
+    load_whole_state_dict,
+    optimizer_state_by_name,
+)
+from lightning_mics.sharding import MiCSModule
+from lightning_mics.topology import Topology
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy as _Base
+else:
+    _Base = object
+
+_LAST = "last"  # ModelCheckpoint.CHECKPOINT_NAME_LAST, unless a user changed it
+
+
+class SavingMixin(_Base):
+    """Checkpoints of a sharded run; see `MiCSStrategyMixin` for the arguments."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def topology(self) -> Topology: ...
+
+        @property
+        def mics(self) -> MiCSModule: ...
+
+    def _set_saving(self, async_save: bool, writers: Writers | str, verify: Verify | str) -> None:
+        if not isinstance(async_save, bool):
+            raise TypeError(f"async_save={async_save!r} must be True or False")
+        self._async_save = async_save
+        self._writers = Writers.parse(writers)
+        self._verify = Verify.parse(verify)
+        self._saver: Saver | None = None
+        self._rng = TrainingRng()
+
+    @property
+    def saver(self) -> Saver:
+        """Saves this run's checkpoints."""
+        if self._saver is None:
+            self._saver = Saver(self.topology, self._writers, asynchronous=self._async_save)
+        return self._saver
+
+    # -- save --------------------------------------------------------------------------------------------------------
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        self.mics.release()
+        self.mics.synchronize_buffers()
+        state: dict[str, Any] = self.lightning_module.state_dict()
+        return state
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return optimizer_state_by_name(self.lightning_module, getattr(optimizer, "optimizer", optimizer))
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None:
+            raise TypeError(
+                f"storage_options={storage_options!r}: a sharded checkpoint is written by every rank to a shared file "
+                "system and takes no storage options; leave it out"
+            )
+        assert self.lightning_module is not None
+        path, module = Path(self.broadcast(filepath)), self.lightning_module
+        self.saver.save(path, checkpoint, module, self._rng.state, wait=not module.trainer.training)
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            self.saver.afterwards(Checkpoint(filepath).remove)
+
+    def _link_after_saves(self, callbacks: list[Any]) -> None:
+        """`ModelCheckpoint(save_last="link")` moves its link when what it names is there."""
+        if self._async_save:
+            for callback in callbacks:
+                link_when_saved(callback, self._link)
+
+    def _link(self, link: Callable[..., None], *args: Any) -> None:
+        self.saver.afterwards(partial(link, *args))
+
+    def _end_saving(self, exception: BaseException | None = None) -> None:
+        """Wait for the save under way. If it fails where something else has failed already, that is told with it."""
+        try:
+            self.saver.close()
+        except RuntimeError as failure:
+            if exception is None:
+                rank_zero_warn(str(failure))
+            else:
+                exception.add_note(str(failure))
+
+    # -- load --------------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
+        fits = module.trainer.state.fn == "fit"  # the optimizers of a fit outlive it
+        optimizers = self.optimizers if fits else ()
+        self.saver.wait()
+        self.mics.finish_updates()
+        self.mics.release()
+        if path.is_file():
+            return SingleFile(path).load(module, optimizers, weights_only=weights_only)
+        load = partial(
+            Checkpoint.load,
+            module=module,
+            optimizers=optimizers,
+            strict=module.strict_loading,
+            weights_only=weights_only,
+            verify=self._verify,
+        )
+        try:
+            checkpoint, rest = Checkpoint(path), load(Checkpoint(path))
+        except DamagedCheckpoint as damaged:
+            if not path.stem.startswith(_LAST):
+                raise
+            checkpoint, rest = self._newest_before(path, damaged, load)
+        if fits:
+            self._rng.interrupt(checkpoint.rng_state())
+        return rest
+
+    def _newest_before(
+        self, last: Path, damaged: DamagedCheckpoint, load: Callable[[Checkpoint], dict[str, Any]]
+    ) -> tuple[Checkpoint, dict[str, Any]]:
+        """The newest other checkpoint beside a damaged last one that is whole."""
+        for path in self.broadcast(_others(last)):
+            try:
+                rest = load(Checkpoint(path))
+            except DamagedCheckpoint as also:
+                rank_zero_warn(str(also))
+                continue
+            rank_zero_warn(f"{damaged}. {path} is the newest that is whole, and was taken instead")
+            return Checkpoint(path), rest
+        raise damaged
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """What a single file holds; of a directory, `load_checkpoint` has read each rank's shards in place."""
+        if checkpoint["state_dict"]:
+            assert self.lightning_module is not None
+            load_whole_state_dict(self.lightning_module, checkpoint["state_dict"], strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing to do: `load_checkpoint` has read each rank's shards in place."""
+
+
+def _others(last: Path) -> list[Path]:
+    """The other checkpoints in the folder of `last`, the one of most steps first."""
+    steps = {}
+    for path in last.parent.iterdir():
+        if path.is_dir() and not path.name.startswith(".") and path.resolve() != last.resolve():
+            try:
+                manifest = Checkpoint(path).manifest
+            except DamagedCheckpoint:
+                continue
+            steps[path] = (manifest.step, manifest.saved)
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
