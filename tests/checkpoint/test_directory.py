@@ -12,68 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
 
-from lightning_mics import Topology
-from lightning_mics.checkpoint import Checkpoint, Saver, Writers, optimizer_state_by_name
-from lightning_mics.groups import Groups
-from lightning_mics.sharding import MiCSModule, shard
+from lightning_mics.checkpoint import Checkpoint
+from tests.checkpoint.saved import Model, dump, made, save, sharded, trained
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import assert_close, optimizer_state, parameters
-
-
-class Model(nn.Module):
-    """Blocks, a tied head, a buffer."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(13, width)
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
-        self.norm = nn.BatchNorm1d(width)
-        self.head = nn.Linear(width, 13, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return self.head(self.norm(x))
-
-
-def _sharded(module: nn.Module) -> MiCSModule:
-    root = shard(module, Groups.create(Topology(dist.get_world_size(), dist.get_world_size(), 2), "cpu"))
-    root.one_backward = True
-    return root
-
-
-def _trained(root: MiCSModule, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    for step in range(steps):
-        root.window.begin(step)
-        optimizer.zero_grad()
-        loss = root(torch.randint(0, 13, (5,), generator=generator)).square().mean()
-        with root.window.backward():
-            loss.backward()
-        root.window.close()
-        optimizer.step()
-        root.release()
-
-
-def _made(width: int = 8, steps: int = 2) -> tuple[nn.Module, torch.optim.Optimizer]:
-    root = _sharded(Model(width))
-    optimizer = torch.optim.AdamW(root.parameters(), lr=1e-2)
-    _trained(root, optimizer, steps)
-    return root.module, optimizer
-
-
-def _dump(module: nn.Module, optimizer: torch.optim.Optimizer, **more: Any) -> dict[str, Any]:
-    states = [optimizer_state_by_name(module, optimizer)]
-    return {"state_dict": module.state_dict(), "optimizer_states": states, **more}
-
-
-def _save(path: Path, dump: dict[str, Any], module: nn.Module, rng: dict[str, Any] | None = None) -> None:
-    topology = Topology(dist.get_world_size(), dist.get_world_size(), 2)
-    Saver(topology, Writers.ALL, asynchronous=False).save(path, dump, module, rng)
 
 
 def _raised(action: Callable[[], object]) -> tuple[str, str]:
@@ -89,8 +32,8 @@ def _raised(action: Callable[[], object]) -> tuple[str, str]:
 
 
 def _save_wide(path: Path) -> int:
-    module, optimizer = _made(width=128)
-    _save(path, _dump(module, optimizer), module)
+    module, optimizer = made(width=128)
+    save(path, dump(module, optimizer), module)
     state = [*parameters(module).values(), *optimizer_state(optimizer).values(), *module.buffers()]
     return sum(t.numel() * t.element_size() for t in state)
 
@@ -115,16 +58,16 @@ def test_one_replica_is_written_and_shared_among_all_ranks(tmp_path: Path) -> No
 
 
 def _overwrite(path: Path) -> None:
-    module, optimizer = _made()
+    module, optimizer = made()
     checkpoint = Checkpoint(path)
     for note in ("first", "second"):
-        _save(path, _dump(module, optimizer, note=note), module)
+        save(path, dump(module, optimizer, note=note), module)
         if dist.get_rank() == 0:
             if [child.name for child in path.parent.iterdir()] != [path.name]:
                 raise AssertionError(f"left over: {sorted(child.name for child in path.parent.iterdir())}")
             (path.parent / f".{path.name}.old" / "of a process that was killed").mkdir(parents=True)
         dist.barrier()
-    other, its = _made(steps=0)
+    other, its = made(steps=0)
     if checkpoint.load(other, [its])["note"] != "second":
         raise AssertionError("the first save is still there")
     assert_close(parameters(other), parameters(module), "parameters")
@@ -154,24 +97,24 @@ def _full_disk(*_: Any, **__: Any) -> None:
 
 
 def _failing_saves(path: Path) -> list[tuple[str, str]]:
-    root = _sharded(Model())
+    root = sharded(Model())
     module, optimizer, checkpoint = root.module, torch.optim.AdamW(root.parameters()), Checkpoint(path)
-    _trained(root, optimizer)
-    _save(path, _dump(module, optimizer, note="whole"), module)
+    trained(root, optimizer)
+    save(path, dump(module, optimizer, note="whole"), module)
     before = parameters(module)
-    _trained(root, optimizer)
+    trained(root, optimizer)
     rank, failures = dist.get_rank(), []
     rng = {"bad": Unwritable()} if rank == 2 else None
-    failures.append(_raised(lambda: _save(path, _dump(module, optimizer), module, rng)))
+    failures.append(_raised(lambda: save(path, dump(module, optimizer), module, rng)))
     bad = {"bad": Unwritable()} if rank == 0 else {}
-    failures.append(_raised(lambda: _save(path, _dump(module, optimizer, **bad), module)))
+    failures.append(_raised(lambda: save(path, dump(module, optimizer, **bad), module)))
     with patch.object(dcp.FileSystemWriter, "write_data", _full_disk) if rank == 3 else nullcontext():
-        failures.append(_raised(lambda: _save(path, _dump(module, optimizer), module)))
-    other, its = _made(steps=0)
+        failures.append(_raised(lambda: save(path, dump(module, optimizer), module)))
+    other, its = made(steps=0)
     if checkpoint.load(other, [its])["note"] != "whole":
         raise AssertionError("what stood there was replaced")
     assert_close(parameters(other), before, "what stood there")
-    _save(path, _dump(module, optimizer, note="healed"), module)
+    save(path, dump(module, optimizer, note="healed"), module)
     if checkpoint.load(other, [its])["note"] != "healed":
         raise AssertionError("a save after a failed one")
     return failures
@@ -189,10 +132,10 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_what_stood_th
 
 
 def _misfits(path: Path) -> dict[str, tuple[str, str]]:
-    module, optimizer = _made()
+    module, optimizer = made()
     saved = Checkpoint(path / "saved")
-    _save(saved.path, _dump(module, optimizer), module)
-    _save(path / "weights", {"state_dict": module.state_dict()}, module)
+    save(saved.path, dump(module, optimizer), module)
+    save(path / "weights", {"state_dict": module.state_dict()}, module)
     if dist.get_rank() == 0:
         (path / "file.ckpt").write_text("one file")
     dist.barrier()
@@ -208,9 +151,9 @@ def _misfits(path: Path) -> dict[str, tuple[str, str]]:
         "on one rank": _raised(lambda: Checkpoint(path / unreadable).load(module, [])),
         "a file": _raised(lambda: Checkpoint(path / "file.ckpt").load(module, [])),
         "weights": _raised(lambda: Checkpoint(path / "weights").load(module, [optimizer])),
-        "shape": _raised(lambda: saved.load(_sharded(wide).module, [])),
-        "dtype": _raised(lambda: saved.load(_sharded(double).module, [])),
-        "name": _raised(lambda: saved.load(_sharded(renamed).module, [])),
+        "shape": _raised(lambda: saved.load(sharded(wide).module, [])),
+        "dtype": _raised(lambda: saved.load(sharded(double).module, [])),
+        "name": _raised(lambda: saved.load(sharded(renamed).module, [])),
         "fewer": _raised(lambda: saved.load(module, narrow)),
         "optimizers": _raised(lambda: saved.load(module, [optimizer, optimizer])),
     }
