@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_mics.checkpoint import DamagedCheckpoint
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import (
     Batches,
@@ -213,3 +215,56 @@ def test_hooks_of_the_module_change_what_is_saved(tmp_path: Path) -> None:
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     run_ranks(2, _refusals, tmp_path)
+
+
+# -- "last" ------------------------------------------------------------------------------------------------------------
+
+
+def _damage(path: Path) -> None:
+    """The first byte of a file of tensors becomes another one."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        file = sorted(path.glob("model-*.distcp"))[0]
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    dist.barrier()
+
+
+def _fall_back(path: Path) -> list[str]:
+    saves = ModelCheckpoint(path, "{epoch}", save_top_k=-1, save_last=True)
+    whole = seeded(Monitored)
+    _run(whole, [saves], epochs=4)
+    if dist.get_rank() == 0:
+        (path / ".epoch=9.ckpt.partial").mkdir()
+    for damaged, left in (("last.ckpt", 0), ("epoch=3.ckpt", 6)):
+        _damage(path / damaged)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            resumed = seeded(Monitored, 5)
+            _run(resumed, [ModelCheckpoint(path, "again-{epoch}", save_last=True)], "last", epochs=4)
+        assert_same_losses(resumed.losses, whole.losses[len(whole.losses) - left :], f"without {damaged}")
+        assert_close(parameters(resumed), parameters(whole), f"without {damaged}")
+    with pytest.raises(DamagedCheckpoint, match=r"epoch=3.ckpt is damaged: model-00000-0.distcp: its bytes are not"):
+        _run(seeded(Monitored), [], path / "epoch=3.ckpt", epochs=4)
+    return [str(warning.message) for warning in told]
+
+
+def test_a_damaged_last_gives_way_to_the_newest_that_is_whole(tmp_path: Path) -> None:
+    told, *others = run_ranks(4, _fall_back, tmp_path / "last")
+    (instead,) = [text for text in told if "was taken instead" in text]
+    assert "last.ckpt is damaged: model-00000-0.distcp: its bytes are not those that were written" in instead
+    assert "epoch=2.ckpt is the newest that is whole, and was taken instead" in instead
+    assert any("epoch=3.ckpt is damaged" in text for text in told)
+    assert any("left by saves that did not end, and not loaded: " in t and ".epoch=9.ckpt.partial" in t for t in told)
+    assert not any("taken instead" in text for told in others for text in told)
+
+
+def _all_damaged(path: Path) -> None:
+    _run(seeded(Monitored), [ModelCheckpoint(path, "{epoch}", save_last=True)], epochs=1)
+    _damage(path / "last.ckpt")
+    _damage(path / "epoch=0.ckpt")
+    with pytest.raises(DamagedCheckpoint, match=r"last.ckpt is damaged"):
+        _run(seeded(Monitored), [ModelCheckpoint(path, "{epoch}", save_last=True)], "last", epochs=2)
+
+
+def test_a_damaged_last_is_an_error_where_there_is_no_other(tmp_path: Path) -> None:
+    run_ranks(2, _all_damaged, tmp_path / "none")
