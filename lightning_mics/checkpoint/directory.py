@@ -32,6 +32,8 @@ from torch.optim import Optimizer
 from lightning_mics.checkpoint import atomic, metadata
 from lightning_mics.checkpoint.agreement import gathered, together
 from lightning_mics.checkpoint.flat import MODEL, OPTIMIZER, aliases_in, join, parts_of
+from lightning_mics.checkpoint.foreign import REST as FOREIGN_REST
+from lightning_mics.checkpoint.foreign import is_foreign, translated
 from lightning_mics.checkpoint.optimizer import (
     StateByName,
     check_same_parameters,
@@ -138,7 +140,8 @@ class Checkpoint:
             RuntimeError: on every rank if any rank could not read its part.
         """
         manifest = together(self._described, f"cannot read {self.path}")
-        verify_together(self.path, manifest, verify, optimizers=bool(optimizers))
+        if manifest is not None:
+            verify_together(self.path, manifest, verify, optimizers=bool(optimizers))
         index, rest = together(lambda: self._open(weights_only), f"cannot read {self.path}")
         saved = index.state_dict_metadata
         states = rest.pop("optimizer_states", None)
@@ -165,7 +168,8 @@ class Checkpoint:
         Raises:
             FileNotFoundError, ValueError: if there is no checkpoint, or it is damaged.
         """
-        verify_alone(self.path, self._described(), verify)
+        if (manifest := self._described()) is not None:
+            verify_alone(self.path, manifest, verify)
         index, rest = self._open(weights_only)
         entries = {
             key: meta for key, meta in index.state_dict_metadata.items() if isinstance(meta, TensorStorageMetadata)
@@ -175,7 +179,9 @@ class Checkpoint:
         return join(tensors, rest)
 
     def rng_state(self) -> dict[str, Any] | None:
-        """This rank's random state at the save; None if fewer ranks saved."""
+        """This rank's random state at the save; None if fewer ranks saved, or Lightning did, which keeps none."""
+        if is_foreign(self.path):
+            return None
         states: dict[int, bytes] = torch.load(self.path / _RNG, weights_only=True)
         state = states.get(dist.get_rank())
         return None if state is None else torch.load(io.BytesIO(state), weights_only=True)
@@ -193,7 +199,8 @@ class Checkpoint:
         """Delete it; nothing happens if it is not there."""
         atomic.remove(self.path)
 
-    def _described(self) -> Manifest:
+    def _described(self) -> Manifest | None:
+        """The manifest; None for a checkpoint of Lightning's own, which has none."""
         if self.path.is_file():
             raise ValueError(
                 f"{self.path} is a single file, not a checkpoint directory; use it as it is: load_from_checkpoint and "
@@ -203,9 +210,11 @@ class Checkpoint:
             raise FileNotFoundError(f"{self.path} is not a checkpoint; give the directory that was saved")
         if unfinished := atomic.left_over(self.path.parent):
             rank_zero_warn(f"left by saves that did not end, and not loaded: {', '.join(map(str, unfinished))}")
-        return self.manifest
+        return None if is_foreign(self.path) else self.manifest
 
     def _open(self, weights_only: bool | None) -> tuple[Metadata, dict[str, Any]]:
+        if is_foreign(self.path):
+            return translated(self.path, _load_rest(self.path / FOREIGN_REST, weights_only))
         return metadata.Reader(self.path).read_metadata(), _load_rest(self.path / REST, weights_only)
 
     def _model_targets(self, module: nn.Module, saved: dict[str, Any], strict: bool) -> dict[str, Any]:
@@ -213,7 +222,7 @@ class Checkpoint:
         wanted = {
             MODEL + k: v for k, v in module.state_dict().items() if k not in aliases and isinstance(v, torch.Tensor)
         }
-        held = {key for key in saved if key.startswith(MODEL)}
+        held = {key for key in saved if key.startswith(MODEL) and key.removeprefix(MODEL) not in aliases}
         missing, unexpected = sorted(wanted.keys() - held), sorted(held - wanted.keys())
         if strict and (missing or unexpected):
             raise ValueError(

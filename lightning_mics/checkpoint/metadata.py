@@ -6,13 +6,13 @@ plain data, and the library's own records. Anything else is refused before it is
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 NAME = ".metadata"
@@ -71,15 +72,19 @@ def metadata_of(
     return Metadata({**entries}, planner_data={key: (key,) for key in entries})
 
 
-def read(path: Path, index: Metadata, targets: dict[str, Tensor]) -> None:
+def read(path: Path, index: Metadata, targets: dict[str, Any]) -> None:
     """Read from the checkpoint at `path` what each of `targets` holds of its tensor on this rank. No communication.
 
     Args:
         path: of the checkpoint.
-        index: its own.
-        targets: by name; whole tensors or DTensors, of the saved shapes and dtypes.
+        index: its own, or a translation of it.
+        targets: by name; whole tensors or DTensors, of the saved shapes and dtypes. What is no tensor in the
+            checkpoint is plain data, and is replaced by what was saved.
+
+    Raises:
+        pickle.UnpicklingError: if it is not plain data.
     """
-    planner, reader = DefaultLoadPlanner(), Reader(path)
+    planner, reader = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False), Reader(path)
     planner.set_up_planner(targets, index, is_coordinator=True)
     reader.set_up_storage_reader(index, is_coordinator=True)
     plan = reader.prepare_local_plan(planner.create_local_plan())
@@ -105,6 +110,13 @@ class Reader(FileSystemReader):
                 raise pickle.UnpicklingError(f"{NAME} names {place.relative_path}, outside the checkpoint")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """The library's, which would run the code of what is no tensor."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
 
 
 class _Records(pickle.Unpickler):
