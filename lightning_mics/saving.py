@@ -6,6 +6,7 @@ Lightning names the paths and says what to save and to delete; here is when that
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning_mics.checkpoint import (
     TrainingRng,
     Verify,
     Writers,
+    is_remote,
     load_whole_state_dict,
     optimizer_state_by_name,
 )
@@ -90,7 +92,13 @@ class SavingMixin(_Base):
                 "system and takes no storage options; leave it out"
             )
         assert self.lightning_module is not None
-        path, module = Path(self.broadcast(filepath)), self.lightning_module
+        where, module = self.broadcast(filepath), self.lightning_module
+        if is_remote(where):
+            raise ValueError(
+                f"filepath={os.fspath(where)!r} is on no file system of this machine, and there alone can a directory "
+                "be put in its place in one move; save to a file system that all ranks see, and copy what was saved"
+            )
+        path = Path(where)
         self.saver.save(path, checkpoint, module, self._rng.state, wait=not module.trainer.training)
 
     @override
@@ -132,14 +140,15 @@ class SavingMixin(_Base):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
-        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
+        where, module = self.broadcast(checkpoint_path), self.lightning_module
         fits = module.trainer.state.fn == "fit"  # the optimizers of a fit outlive it
         optimizers = self.optimizers if fits else ()
         self.saver.wait()
         self.mics.finish_updates()
         self.mics.release()
-        if path.is_file():
-            return SingleFile(path).load(module, optimizers, weights_only=weights_only)
+        if is_remote(where) or Path(where).is_file():
+            return SingleFile(where).load(module, optimizers, weights_only=weights_only)
+        path = Path(where)
         load = partial(
             Checkpoint.load,
             module=module,
@@ -156,6 +165,7 @@ class SavingMixin(_Base):
             checkpoint, rest = self._newest_before(path, damaged, load)
         if fits:
             self._rng.interrupt(checkpoint.rng_state())
+            _tell_of_other_ranks(checkpoint, rest, self.topology)
         return rest
 
     def _newest_before(
@@ -182,6 +192,24 @@ class SavingMixin(_Base):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing to do: `load_checkpoint` has read each rank's shards in place."""
+
+
+def _tell_of_other_ranks(checkpoint: Checkpoint, rest: Mapping[str, Any], topology: Topology) -> None:
+    """What a resume cannot keep where another number of ranks goes on."""
+    before = checkpoint.ranks
+    if before in (None, topology.world_size):
+        return
+    progress = rest.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    done = 0 if progress.get("is_last_batch") else progress.get("current", {}).get("ready", 0)
+    midst = (
+        f". It was saved after batch {done} of an epoch: a loader whose state counts samples over all ranks goes on "
+        "with the next one; with any other some samples of this epoch come twice or not at all, which a checkpoint "
+        "of an epoch's end avoids"
+    )
+    rank_zero_warn(
+        f"{checkpoint.path} was saved by {before} ranks and is resumed by {topology.world_size}: parameters and "
+        f"optimizer state are the same, random numbers and batches are divided anew{midst if done else ''}"
+    )
 
 
 def _others(last: Path) -> list[Path]:

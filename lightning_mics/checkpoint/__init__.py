@@ -5,7 +5,7 @@ from lightning_mics.checkpoint.optimizer import optimizer_state_by_name
 from lightning_mics.checkpoint.pieces import Writers
 from lightning_mics.checkpoint.rng import TrainingRng, get_rng_state, set_rng_state
 from lightning_mics.checkpoint.saver import Saver
-from lightning_mics.checkpoint.single_file import SingleFile, consolidate, load_whole_state_dict
+from lightning_mics.checkpoint.single_file import SingleFile, consolidate, is_remote, load_whole_state_dict
 from lightning_mics.checkpoint.snapshot import Snapshot
 from lightning_mics.checkpoint.verification import Verify
 from mics_tools.manifest import DamagedCheckpoint, Manifest
@@ -22,6 +22,7 @@ __all__ = [
     "Writers",
     "consolidate",
     "get_rng_state",
+    "is_remote",
     "load_whole_state_dict",
     "optimizer_state_by_name",
     "set_rng_state",

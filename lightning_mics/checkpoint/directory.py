@@ -42,6 +42,7 @@ from lightning_mics.checkpoint.optimizer import (
     number_parameters,
     paired,
 )
+from lightning_mics.checkpoint.plain import load_plain, reason
 from lightning_mics.checkpoint.snapshot import Snapshot, Written
 from lightning_mics.checkpoint.verification import Verify, verify_alone, verify_together
 from mics_tools.manifest import NAME as MANIFEST
@@ -195,6 +196,11 @@ class Checkpoint:
         """
         return Manifest.of(self.path)
 
+    @property
+    def ranks(self) -> int | None:
+        """How many ranks saved it; None if Lightning did, which does not say."""
+        return None if is_foreign(self.path) else self.manifest.topology["world_size"]
+
     def remove(self) -> None:
         """Delete it; nothing happens if it is not there."""
         atomic.remove(self.path)
@@ -214,8 +220,8 @@ class Checkpoint:
 
     def _open(self, weights_only: bool | None) -> tuple[Metadata, dict[str, Any]]:
         if is_foreign(self.path):
-            return translated(self.path, _load_rest(self.path / FOREIGN_REST, weights_only))
-        return metadata.Reader(self.path).read_metadata(), _load_rest(self.path / REST, weights_only)
+            return translated(self.path, _plain(self.path / FOREIGN_REST, weights_only))
+        return metadata.Reader(self.path).read_metadata(), _plain(self.path / REST, weights_only)
 
     def _model_targets(self, module: nn.Module, saved: dict[str, Any], strict: bool) -> dict[str, Any]:
         aliases = aliases_in(module)
@@ -278,16 +284,8 @@ def _manifest(snapshot: Snapshot, files: Mapping[str, File]) -> Manifest:
     )
 
 
-def _load_rest(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    safe = weights_only is not False
-    try:
-        rest: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=safe)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds objects that are not plain data, and to load them is to run their code: {_reason(error)}. "
-            "If you trust who saved it, pass weights_only=False (to fit, validate, test, predict or consolidate), or "
-            "name their classes by torch.serialization.add_safe_globals"
-        ) from None
+def _plain(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    rest: dict[str, Any] = load_plain(path, path, weights_only)
     return rest
 
 
@@ -296,14 +294,8 @@ def _warn_if_unsafe(path: Path, rest: bytes) -> None:
         torch.load(io.BytesIO(rest), map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         rank_zero_warn(
-            f"{path} opens with weights_only=False alone, as it holds objects that are not plain data: {_reason(error)}"
+            f"{path} opens with weights_only=False alone, as it holds objects that are not plain data: {reason(error)}"
         )
-
-
-def _reason(error: Exception) -> str:
-    """What torch says of the object, without its advice."""
-    lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "WeightsUnpickler" in line]
-    return lines[0] if lines else str(error)
 
 
 def _listed(names: Sequence[str]) -> str:

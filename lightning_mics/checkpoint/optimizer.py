@@ -31,7 +31,7 @@ def optimizer_state_by_name(module: nn.Module, optimizer: Optimizer) -> StateByN
 
 
 def paired(
-    path: Path, optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]] | None
+    path: str | Path, optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]] | None
 ) -> Iterator[tuple[Optimizer, Mapping[str, Any]]]:
     """Each optimizer with its saved state.
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -27,6 +28,7 @@ from lightning_mics.checkpoint.optimizer import (
     number_parameters,
     paired,
 )
+from lightning_mics.checkpoint.plain import load_plain
 
 
 def consolidate(directory: str | Path, file: str | Path, *, weights_only: bool | None = None) -> None:
@@ -58,15 +60,20 @@ def consolidate(directory: str | Path, file: str | Path, *, weights_only: bool |
     os.replace(aside, file)
 
 
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is a URL."""
+    return "://" in str(path)
+
+
 class SingleFile:
     """A Lightning checkpoint file, to be loaded into a sharded module.
 
     Args:
-        path: the same on every rank, on a file system that all ranks see.
+        path: the same on every rank, on a file system that all ranks see, or a URL that fsspec opens.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = path if is_remote(path) else Path(path)
 
     def load(
         self, module: nn.Module, optimizers: Sequence[Optimizer], *, weights_only: bool | None = None
@@ -94,9 +101,13 @@ class SingleFile:
         return checkpoint
 
     def _open(self, weights_only: bool | None) -> dict[str, Any]:
-        mmap = zipfile.is_zipfile(self.path)  # torch's older files cannot be mapped
-        checkpoint: dict[str, Any] = torch.load(self.path, map_location="cpu", mmap=mmap, weights_only=weights_only)
-        return checkpoint
+        if is_remote(self.path):  # there is nothing to map: each rank holds all of it until it has taken its part
+            with fsspec.open(self.path, "rb") as stream:
+                checkpoint = load_plain(stream, self.path, weights_only)
+        else:
+            mmap = zipfile.is_zipfile(self.path)  # torch's older files cannot be mapped
+            checkpoint = load_plain(Path(self.path), self.path, weights_only, mmap=mmap)
+        return dict(checkpoint)
 
     def _fit(
         self, module: nn.Module, optimizers: Sequence[Optimizer], states: list[Mapping[str, Any]] | None

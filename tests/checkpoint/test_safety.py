@@ -133,7 +133,7 @@ def test_what_is_not_plain_data_is_told_at_the_save_and_needs_to_be_asked_for(tm
     told = run_ranks(2, _save_objects, path)
     assert len(told[0]) == 1 and "opens with weights_only=False alone" in told[0][0] and "Kept" in told[0][0]
     assert not told[1]
-    with pytest.raises(ValueError, match=r"Kept.*If you trust who saved it, pass weights_only=False"):
+    with pytest.raises(ValueError, match=r"Kept.*if you trust who saved it, pass weights_only=False"):
         consolidate(path, tmp_path / "file.ckpt")
     consolidate(path, tmp_path / "file.ckpt", weights_only=False)
     with pytest.raises(pickle.UnpicklingError):

@@ -142,7 +142,7 @@ def _save(strategy: str, path: Path, weights_only: bool = False) -> Any:
     return saves.look, module.losses[3:]
 
 
-def _resume(strategy: str, path: Path) -> Any:
+def _resume(strategy: str, path: Path | str) -> Any:
     """The same from a file, in a module of other values; what was loaded, the losses, and what the callback kept."""
     module, looks = seeded(Whole, 99, lr=2e-2), LooksAfterLoad()
     trainer(_strategy(strategy), callbacks=[looks]).fit(module, Batches(6), ckpt_path=path)
@@ -193,6 +193,13 @@ def test_plain_lightning_resumes_from_it(consolidated: Consolidated, world: int,
         _same_state(found, look)
         assert later == pytest.approx(losses, rel=rel)
         assert kept == "by a callback"
+
+
+def test_a_url_is_resumed_from(plain: Consolidated) -> None:
+    path, look, losses = plain
+    found, later, _ = run_ranks(2, _resume, "mics 2", f"file://{path}")[0]
+    _same_state(found, look)
+    assert later == pytest.approx(losses, rel=1e-6)
 
 
 def test_it_is_laid_out_as_lightnings_own(consolidated: Consolidated, plain: Consolidated) -> None:
@@ -376,7 +383,7 @@ def misfits(plain: Consolidated) -> list[dict[str, str]]:
         ("groups", "ValueError: the optimizer holds groups of [19] parameters, the checkpoint [13, 6]"),
         ("optimizers", "was saved with 1 optimizers, there are 2 now; return as many from configure_optimizers"),
         ("weights", "holds weights only, no optimizer state to resume from; "),
-        ("text", "UnpicklingError: "),
+        ("text", "text.ckpt holds objects that are not plain data, or is no checkpoint: "),
         ("name", 'Missing key(s) in state_dict: "more.weight"'),
         ("shape", "size mismatch for leave.weight"),
         ("dtype", "enter.weight: saved as torch.float32, the module has torch.float64"),

@@ -217,6 +217,19 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     run_ranks(2, _refusals, tmp_path)
 
 
+def _elsewhere(path: Path) -> None:
+    run = trainer(mics())
+    run.fit(seeded(Toy), Batches(1))
+    for where in ("memory://x.ckpt", "s3://bucket/x.ckpt"):
+        with pytest.raises(ValueError, match=rf"filepath='{where}' is on no file system of this machine"):
+            run.save_checkpoint(where)
+    _is(os.listdir(), [], "what was made here instead")
+
+
+def test_a_url_is_not_saved_to(tmp_path: Path) -> None:
+    run_ranks(2, _elsewhere, tmp_path)
+
+
 # -- "last" ------------------------------------------------------------------------------------------------------------
 
 

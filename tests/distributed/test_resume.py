@@ -6,6 +6,7 @@ state are, after the load, and losses stay within fp32 rounding.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +189,32 @@ def _save_and_go_on(path: Path, p: int) -> Any:
     return whole.losses[6:]
 
 
+def _told_in_mid_epoch(path: Path) -> list[str]:
+    """Saved by four after four of six batches, resumed by however many there are."""
+    if dist.get_world_size() == 4:
+        _run(seeded(SharesTheBatch), Batches(6), mics(2), callbacks=[Saves(path, 2)], max_epochs=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _run(seeded(SharesTheBatch), Batches(6), mics(2), path / "step2.ckpt", max_epochs=1)
+    return [str(warning.message) for warning in told if "of an epoch" in str(warning.message)]
+
+
+def test_other_ranks_in_mid_epoch_are_told_what_becomes_of_their_batches(tmp_path: Path) -> None:
+    assert not any(run_ranks(4, _told_in_mid_epoch, tmp_path))
+    told, others = run_ranks(2, _told_in_mid_epoch, tmp_path)
+    assert len(told) == 1 and "It was saved after batch 4 of an epoch" in told[0] and not others
+
+
 def _load_and_go_on(path: Path, p: int) -> Any:
     module, looks = seeded(SharesTheBatch, 99), LooksAfterLoad()
-    _run(module, Batches(6), mics(p), path / "step3.ckpt", callbacks=[looks])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _run(module, Batches(6), mics(p), path / "step3.ckpt", callbacks=[looks])
+    said = [str(warning.message) for warning in told if "was saved by" in str(warning.message)]
     saved = torch.load(path / "look.pt", weights_only=True)
     assert_close(looks.parameters, saved["parameters"], f"parameters at p={p}")
     assert_close(looks.state, saved["state"], f"optimizer state at p={p}")
-    return module.losses
+    return module.losses, said
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [((4, 2), ((4, 4), (4, 1), (2, 2), (1, 1))), ((1, 1), ((4, 2),))])
@@ -203,5 +223,10 @@ def test_resume_at_another_partition_size_and_world_size(
 ) -> None:
     expected = run_ranks(saved[0], _save_and_go_on, tmp_path, saved[1])[0]
     for world, p in loaded:
-        losses = run_ranks(world, _load_and_go_on, tmp_path, p)[0]
+        losses, said = run_ranks(world, _load_and_go_on, tmp_path, p)[0]
+        if world == saved[0]:
+            assert not said
+        else:
+            assert f"step3.ckpt was saved by {saved[0]} ranks and is resumed by {world}: " in said[0]
+            assert "after batch 6 of an epoch" not in said[0], "the epoch had ended"
         assert losses == pytest.approx(expected, rel=1e-5), f"{saved} -> {(world, p)}"
