@@ -178,9 +178,13 @@ class _Summing(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        with super().create_stream(path, mode) as stream:
-            summed = _SummedStream(stream)
-            yield summed
+        try:
+            with super().create_stream(path, mode) as stream:
+                summed = _SummedStream(stream)
+                yield summed
+        except OSError as error:  # a write does not tell where
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        else:
             self._files[Path(path).name] = File(summed.size, summed.checksum.hexdigest())
 
 
