@@ -99,7 +99,9 @@ class SavingMixin(_Base):
                 "be put in its place in one move; save to a file system that all ranks see, and copy what was saved"
             )
         path = Path(where)
-        self.saver.save(path, checkpoint, module, self._rng.state, wait=not module.trainer.training)
+        state = module.trainer.state
+        goes_on = state.fn == "fit" and state.status == "running"
+        self.saver.save(path, checkpoint, module, self._rng.state, wait=not goes_on)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:

@@ -64,8 +64,8 @@ class Gate:
 class Opens(pl.Callback):
     """Opens a gate before a batch, or at the end, after a look at the folder."""
 
-    def __init__(self, gate: Gate, batch: int | None, folder: Path) -> None:
-        self.gate, self.batch, self.folder = gate, batch, folder
+    def __init__(self, gate: Gate, batch: int | None, folder: Path, epoch: int = 0) -> None:
+        self.gate, self.batch, self.folder, self.epoch = gate, batch, folder, epoch
         self.seen: list[str] = []
 
     def _look(self) -> None:
@@ -74,7 +74,7 @@ class Opens(pl.Callback):
             self.gate.open.set()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.batch:
+        if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch):
             self._look()
             futures.wait([trainer.strategy.saver._under_way])  # so that it is known which batch sees it ended
 
@@ -172,6 +172,21 @@ def test_a_save_that_fails_beside_training_ends_it_on_every_rank_and_leaves_what
         assert "step=6.ckpt was not saved: " in told and "No space left on device" in told
         assert "What was saved before is as it was" in told
         assert kept
+
+
+def _in_validation(path: Path) -> None:
+    gate = Gate()
+    opens = Opens(gate, 2, path, epoch=1)
+    saves = ModelCheckpoint(path, "{epoch}", save_on_train_epoch_end=False, save_top_k=-1)
+    with gate.installed():
+        run = trainer(mics(async_save=True), callbacks=[saves, opens], enable_checkpointing=True, max_epochs=2)
+        run.fit(seeded(Toy), Batches(4), Batches(1, first=900))
+    _is(opens.seen, [], "in the second epoch")
+    _is(_names(path), ["epoch=0.ckpt", "epoch=1.ckpt"], "in the end")
+
+
+def test_training_goes_on_beside_the_save_of_a_validation(tmp_path: Path) -> None:
+    run_ranks(2, _in_validation, tmp_path / "validation")
 
 
 def _ended(path: Path) -> None:
