@@ -7,6 +7,7 @@ test would notice if it moved.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,12 +25,14 @@ __all__ = [
     "allow_wide_gradients",
     "coalesced",
     "forget_held_gradients",
+    "handlers_before_lightning",
     "in_backward",
     "reduce_held_gradients",
     "reduce_scatter_single",
     "reduce_unused_params",
     "reset_iter_state",
     "script_launcher",
+    "stop_after_batch",
     "tree_flatten",
     "tree_unflatten",
 ]
@@ -146,3 +149,21 @@ def script_launcher(tree: str) -> Any:
     "lightning.pytorch" or "pytorch_lightning". Test: tests/test_readme.py.
     """
     return importlib.import_module(f"{tree}.strategies.launchers.subprocess_script")._SubprocessScriptLauncher
+
+
+def handlers_before_lightning(trainer: Any) -> Mapping[int, Any]:
+    """The signal handlers that stood when Lightning put its own in their place, by signal.
+
+    Lightning's compose what they found with their own, and do not tell the one from the other.
+    Test: tests/distributed/test_preemption.py.
+    """
+    handlers: Mapping[int, Any] = trainer._signal_connector._original_handlers
+    return handlers
+
+
+def stop_after_batch(trainer: Any) -> None:
+    """Make Lightning raise SIGTERMException once all that is due after this batch is done.
+
+    `Trainer.received_sigterm` is public, and can only be read. Test: tests/distributed/test_preemption.py.
+    """
+    trainer._signal_connector.received_sigterm = True

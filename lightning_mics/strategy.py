@@ -41,6 +41,7 @@ from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.precision import Precision
+from lightning_mics.preemption import Preemption
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
 
@@ -161,6 +162,7 @@ class MiCSStrategyMixin(_Base):
         self._timeout = timeout
         self._groups: Groups | None = None
         self._rng = TrainingRng()
+        self._preemption: Preemption | None = None
 
     # -- the cluster -------------------------------------------------------------------------------------------------
 
@@ -268,6 +270,9 @@ class MiCSStrategyMixin(_Base):
                 'window begins, and gradients in the midst of one could not be cleared; choose "partition"'
             )
         super().setup(trainer)
+        if fits:
+            self._preemption = Preemption(self._timeout)
+            trainer.callbacks.append(self._preemption)  # type: ignore[attr-defined]
 
     @override
     def model_to_device(self) -> None:
@@ -411,6 +416,8 @@ class MiCSStrategyMixin(_Base):
 
     @override
     def barrier(self, name: str | None = None) -> None:
+        if name == "run-stage" and self._preemption is not None:  # Lightning has just put its signal handlers
+            self._preemption.listen(self.lightning_module.trainer)  # type: ignore[union-attr]
         if dist.is_initialized():
             device = self.root_device
             dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
@@ -520,6 +527,9 @@ class MiCSStrategyMixin(_Base):
         assert self.cluster_environment is not None and self.accelerator is not None
         if isinstance(self.model, MiCSModule):
             self.model.release()
+        if self._preemption is not None:
+            self.lightning_module.trainer.callbacks.remove(self._preemption)  # type: ignore[union-attr]
+            self._preemption = None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
