@@ -32,7 +32,7 @@ __all__ = [
     "reduce_unused_params",
     "reset_iter_state",
     "script_launcher",
-    "stop_after_batch",
+    "set_received_sigterm",
     "tree_flatten",
     "tree_unflatten",
 ]
@@ -161,9 +161,9 @@ def handlers_before_lightning(trainer: Any) -> Mapping[int, Any]:
     return handlers
 
 
-def stop_after_batch(trainer: Any) -> None:
-    """Make Lightning raise SIGTERMException once all that is due after this batch is done.
+def set_received_sigterm(trainer: Any, received: bool) -> None:
+    """Whether Lightning is to raise SIGTERMException at the next batch's end, be it of training or of validation.
 
     `Trainer.received_sigterm` is public, and can only be read. Test: tests/distributed/test_preemption.py.
     """
-    trainer._signal_connector.received_sigterm = True
+    trainer._signal_connector.received_sigterm = received

@@ -33,7 +33,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment as Pytor
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_mics._compat import handlers_before_lightning, stop_after_batch
+from lightning_mics._compat import handlers_before_lightning, set_received_sigterm
 
 EXIT_CODE = 128 + signal.SIGTERM
 _HPC = "hpc_ckpt_"  # Lightning resumes from the highest number by itself under SLURM
@@ -136,7 +136,12 @@ class Preemption(Checkpoint, pytorch_lightning.callbacks.Checkpoint):  # type: i
         self._at_boundary, self._step = trainer.global_step != self._step, trainer.global_step
         self._hear_answer()
         if self._agreed and self._at_boundary:
-            stop_after_batch(trainer)
+            set_received_sigterm(trainer, True)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning would leave validation after a batch, and a resumed run would not do the rest."""
+        set_received_sigterm(trainer, False)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
