@@ -62,7 +62,7 @@ class Preemption(Checkpoint, pytorch_lightning.callbacks.Checkpoint):  # type: i
     handler for it.
 
     Collectives: one all-reduce of four bytes for each window, on a gloo group of its own over all ranks, behind the
-    last micro-step; one after each validation.
+    last micro-step; and one after each validation, each epoch and all of training.
 
     Args:
         timeout: of that group. By default torch's.
@@ -77,6 +77,18 @@ class Preemption(Checkpoint, pytorch_lightning.callbacks.Checkpoint):  # type: i
         self._step = 0
         self._at_boundary = False
         self._left = False
+
+    @classmethod
+    def attach(cls, trainer: pl.Trainer, timeout: timedelta | None) -> Preemption:
+        """Behind all callbacks of a Trainer that is about to fit. Collective on the default group."""
+        preemption = cls(timeout)
+        trainer.callbacks.append(preemption)  # type: ignore[attr-defined]
+        return preemption
+
+    def detach(self, trainer: pl.Trainer) -> None:
+        """The Trainer is as it was."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if callback is not self]
 
     # -- hearing -----------------------------------------------------------------------------------------------------
 
@@ -145,14 +157,17 @@ class Preemption(Checkpoint, pytorch_lightning.callbacks.Checkpoint):  # type: i
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._ask()
-            self._hear_answer()
-            self._stop(trainer)
+        if self._at_boundary and not trainer.sanity_checking:  # the sums of an open window are in no checkpoint
+            self._stop_if_told(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop(trainer)
+        if self._at_boundary:
+            self._stop_if_told(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_if_told(trainer)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -161,8 +176,10 @@ class Preemption(Checkpoint, pytorch_lightning.callbacks.Checkpoint):  # type: i
             self._leave(trainer)
             exception.code = _exit_code(trainer)
 
-    def _stop(self, trainer: pl.Trainer) -> None:
-        if self._agreed and self._at_boundary:  # the sums of an open window are in no checkpoint
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+        self._ask()
+        self._hear_answer()
+        if self._agreed:
             self._leave(trainer)
             raise Stopped(_exit_code(trainer))
 

@@ -271,8 +271,7 @@ class MiCSStrategyMixin(_Base):
             )
         super().setup(trainer)
         if fits:
-            self._preemption = Preemption(self._timeout)
-            trainer.callbacks.append(self._preemption)  # type: ignore[attr-defined]
+            self._preemption = Preemption.attach(trainer, self._timeout)
 
     @override
     def model_to_device(self) -> None:
@@ -528,7 +527,7 @@ class MiCSStrategyMixin(_Base):
         if isinstance(self.model, MiCSModule):
             self.model.release()
         if self._preemption is not None:
-            self.lightning_module.trainer.callbacks.remove(self._preemption)  # type: ignore[union-attr]
+            self._preemption.detach(self.lightning_module.trainer)  # type: ignore[union-attr]
             self._preemption = None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()

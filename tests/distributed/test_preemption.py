@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_mics.preemption import Preemption
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import (
     Batch,
@@ -206,9 +207,10 @@ def test_wherever_the_signal_comes_no_step_is_lost(tmp_path: Path) -> None:
         "in a validation": (Signals("validation_step", 3, ranks=(1,)), 4),
         "between a step and a validation": (Signals("on_train_batch_end", 4, ranks=(0,)), 4),
         "an epoch's last window": (Signals("training_step", 5), 6),
-        "at an epoch's end": (Signals("on_train_epoch_end", 1), 8),
+        "at an epoch's end": (Signals("on_train_epoch_end", 1, ranks=(1,)), 6),
         "in a save": (Signals("on_save_checkpoint", 2), 10),
         "the last window of all": (Signals("training_step", 11), 12),
+        "after all steps": (Signals("on_train_epoch_end", 2, ranks=(0,)), 12),
     }
     run_ranks(2, _resumes, tmp_path, Stoppable, cases, {})
 
@@ -310,7 +312,7 @@ def _handlers(path: Path) -> None:
     _is(heard, [signal.SIGTERM] * dist.get_rank(), "what the user's handler heard")
     again = _module(Stoppable)
     run = _fit(again, [_saves(path / "again")])
-    _is([type(callback).__name__ for callback in run.callbacks if "Preempt" in type(callback).__name__], [], "after")
+    _is([callback for callback in run.callbacks if isinstance(callback, Preemption)], [], "callbacks afterwards")
 
     elsewhere = _module(Stoppable)
     thread = threading.Thread(target=_fit, args=(elsewhere, [_saves(path / "elsewhere")]))
