@@ -213,6 +213,8 @@ def test_wherever_the_signal_comes_no_step_is_lost(tmp_path: Path) -> None:
         "after all steps": (Signals("on_train_epoch_end", 2, ranks=(0,)), 12),
     }
     run_ranks(2, _resumes, tmp_path, Stoppable, cases, {})
+    within = {"in a validation within a window": (Signals("validation_step", 2), 4)}
+    run_ranks(2, _resumes, tmp_path / "within", Stoppable, within, {"val_check_interval": 3})
 
 
 def test_manual_optimization_stops_after_a_batch_that_stepped(tmp_path: Path) -> None:
