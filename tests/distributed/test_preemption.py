@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -41,7 +39,6 @@ from tests.distributed.toys import (
     seeded,
     trainer,
 )
-from tests.ports import reserved_port
 
 EPOCHS, BATCHES, WINDOW = 2, 6, 2
 ALL = (0, 1)
@@ -353,39 +350,3 @@ def _by_pytorch_lightning(path: Path) -> None:
 
 def test_pytorch_lightning_stops_too(tmp_path: Path) -> None:
     run_ranks(2, _by_pytorch_lightning, tmp_path)
-
-
-# -- whole processes ---------------------------------------------------------------------------------------------------
-
-SCRIPT = """
-import sys
-import lightning.pytorch as pl
-from tests.distributed.toys import Batches, Toy
-
-class Tells(pl.Callback):
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.is_global_zero:
-            print("trained", trainer.global_step, flush=True)
-
-quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-saves = pl.callbacks.ModelCheckpoint(sys.argv[1], every_n_epochs=1000000)
-run = pl.Trainer(accelerator="cpu", devices=2, strategy="mics", max_epochs=-1, callbacks=[Tells(), saves], **quiet)
-run.fit(Toy(), Batches(6))
-"""
-
-
-def test_processes_that_lightning_started_all_end_when_the_first_is_told(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    (tmp_path / "script.py").write_text(SCRIPT)
-    with reserved_port() as port:
-        env = os.environ | {"PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(port)}
-        command = [sys.executable, "script.py", str(tmp_path / "saves")]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        run = subprocess.Popen(command, cwd=tmp_path, env=env, text=True, **pipes)
-        assert run.stdout is not None
-        first = next((line for line in run.stdout if line.startswith("trained")), None)
-        run.terminate()
-        shown, told = run.communicate(timeout=800)  # the end of what all processes show, hence of all of them
-    assert first is not None and run.returncode == 143, told
-    last = [first, *shown.splitlines()][-1].split()[1]
-    assert f"stopped by a signal after step {last}; to go on: ckpt_path={tmp_path}/saves/last.ckpt" in told
