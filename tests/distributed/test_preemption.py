@@ -285,7 +285,7 @@ def _places(path: Path) -> None:
             (folder / "last.ckpt").mkdir(parents=True)
             (folder / "last.ckpt" / "of another run").touch()
         dist.barrier()
-        kinds = partial(ModelCheckpoint, folder, every_n_train_steps=1, **options_of_callback)
+        kinds = partial(ModelCheckpoint, folder, every_n_train_steps=2, **options_of_callback)
         stop([kinds()])
         _is(names(folder), ["last-v1.ckpt", "last.ckpt"], f"{options_of_callback}")
         _is(os.listdir(folder / "last.ckpt"), ["of another run"], f"{options_of_callback}: what was there")
