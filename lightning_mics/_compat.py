@@ -7,7 +7,7 @@ test would notice if it moved.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ __all__ = [
     "allow_wide_gradients",
     "coalesced",
     "forget_held_gradients",
+    "handlers_before_lightning",
     "in_backward",
     "link_when_saved",
     "named_files",
@@ -37,6 +38,7 @@ __all__ = [
     "reduce_unused_params",
     "reset_iter_state",
     "script_launcher",
+    "set_received_sigterm",
     "tree_flatten",
     "tree_unflatten",
 ]
@@ -172,3 +174,21 @@ def link_when_saved(callback: Any, link: Callable[..., None]) -> None:
     """
     if hasattr(callback, "_link_checkpoint"):
         callback._link_checkpoint = partial(link, type(callback)._link_checkpoint)
+
+
+def handlers_before_lightning(trainer: Any) -> Mapping[int, Any]:
+    """The signal handlers that stood when Lightning put its own in their place, by signal.
+
+    Lightning's compose what they found with their own, and do not tell the one from the other.
+    Test: tests/distributed/test_preemption.py.
+    """
+    handlers: Mapping[int, Any] = trainer._signal_connector._original_handlers
+    return handlers
+
+
+def set_received_sigterm(trainer: Any, received: bool) -> None:
+    """Whether Lightning is to raise SIGTERMException at the next batch's end, be it of training or of validation.
+
+    `Trainer.received_sigterm` is public, and can only be read. Test: tests/distributed/test_preemption.py.
+    """
+    trainer._signal_connector.received_sigterm = received

@@ -35,6 +35,7 @@ from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.precision import Precision
+from lightning_mics.preemption import Preemption
 from lightning_mics.saving import SavingMixin
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
@@ -166,6 +167,7 @@ class MiCSStrategyMixin(SavingMixin):
                 'writers="group" needs every partition group to hold the whole optimizer state, and '
                 'optimizer_state="world" gives each a part of it; choose writers="all", or optimizer_state="partition"'
             )
+        self._preemption: Preemption | None = None
 
     # -- the cluster -------------------------------------------------------------------------------------------------
 
@@ -274,6 +276,8 @@ class MiCSStrategyMixin(SavingMixin):
             )
         self._link_after_saves(trainer.callbacks)  # type: ignore[attr-defined]
         super().setup(trainer)
+        if fits:
+            self._preemption = Preemption.attach(trainer, self._timeout)
 
     @override
     def model_to_device(self) -> None:
@@ -420,6 +424,8 @@ class MiCSStrategyMixin(SavingMixin):
 
     @override
     def barrier(self, name: str | None = None) -> None:
+        if name == "run-stage" and self._preemption is not None:  # Lightning has just put its signal handlers
+            self._preemption.listen(self.lightning_module.trainer)  # type: ignore[union-attr]
         if dist.is_initialized():
             device = self.root_device
             dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
@@ -461,6 +467,9 @@ class MiCSStrategyMixin(SavingMixin):
         if isinstance(self.model, MiCSModule):
             self.model.release()
         self._end_saving()
+        if self._preemption is not None:
+            self._preemption.detach(self.lightning_module.trainer)  # type: ignore[union-attr]
+            self._preemption = None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()

@@ -19,6 +19,8 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
 from lightning.pytorch import Trainer, seed_everything  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 from recipes import launch  # noqa: E402
@@ -45,7 +47,7 @@ def job(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig) -> Trainer:
-    """Fit, validate, let a causal model continue some text, and tell how to go on.
+    """Fit, validate, let a causal model continue some text, and tell how to go on; also where a signal has stopped it.
 
     Args:
         cfg: as `conf/train.yaml` composes it.
@@ -54,13 +56,19 @@ def train(cfg: DictConfig) -> Trainer:
     data: TextDataModule = instantiate(cfg.data)
     model: LanguageModel = instantiate(cfg.model, _convert_="all")
     trainer = make_trainer(cfg)
-    trainer.fit(model, data, ckpt_path=cfg.ckpt_path)
+    try:
+        trainer.fit(model, data, ckpt_path=cfg.ckpt_path)
+    except SIGTERMException:
+        show(f"stopped     by a signal after step {trainer.global_step}/{trainer.max_steps}")
+        tell_how_to_go_on(last_of(trainer), trainer.max_steps)
+        raise
     if not any(isinstance(c, Learning) and c.validated_step == trainer.global_step for c in trainer.callbacks):
         trainer.validate(model, data, verbose=False)
     if model.objective is Objective.CAUSAL and cfg.sample.tokens:
         sample: Any = OmegaConf.to_object(cfg.sample)
         show_samples(continue_text(trainer, model, data, **sample, seed=cfg.seed))
-    tell_how_to_go_on(trainer, cfg.ckpt_path)
+    written = [c.path for c in trainer.callbacks if isinstance(c, FinalCheckpoint) and c.path is not None]
+    tell_how_to_go_on(written[0] if written else cfg.ckpt_path, trainer.global_step + max(trainer.max_steps, 1))
     return trainer
 
 
@@ -73,16 +81,18 @@ def make_trainer(cfg: DictConfig) -> Trainer:
     )
 
 
-def tell_how_to_go_on(trainer: Trainer, resumed_from: str | None) -> None:
-    """Show the newest checkpoint and the command that trains on from it for as long again."""
-    written = [c.path for c in trainer.callbacks if isinstance(c, FinalCheckpoint) and c.path is not None]
-    checkpoint = written[0] if written else resumed_from
+def last_of(trainer: Trainer) -> str | None:
+    """The checkpoint with which a stopped run ended, if it is of the kind that `ckpt_path="last"` finds."""
+    return next((c.last_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), "") or None
+
+
+def tell_how_to_go_on(checkpoint: str | Path | None, max_steps: int) -> None:
+    """Show a checkpoint and the command that trains on from it, up to `max_steps` optimizer steps in all."""
     if checkpoint is None:
         return
     overrides = HydraConfig.get().overrides.task
-    steps = trainer.global_step + max(trainer.max_steps, 1)
     show(f"checkpoint  {checkpoint}")
-    show(f"go on with  {launch.resume_command(Path(checkpoint), overrides, max_steps=steps)}")
+    show(f"go on with  {launch.resume_command(Path(checkpoint), overrides, max_steps=max_steps)}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ ROWS = (
     {"two_hop"},
     {"accounting"},
     {"sharding"},
-    {"checkpoint", "probe", "telemetry", "planner"},
+    {"checkpoint", "preemption", "probe", "telemetry", "planner"},
     {"saving"},
     {"strategy", "fabric", "accelerate"},
     {"callbacks"},

@@ -122,6 +122,24 @@ def test_the_command_that_is_shown_goes_on(tmp_path: Path, corpus: Path) -> None
     assert f"ckpt_path={second}/checkpoints/step-6.ckpt" in shown
 
 
+def test_told_to_stop_all_processes_end_and_tell_how_to_go_on(tmp_path: Path, corpus: Path) -> None:
+    """The first process is told, as by its user; Lightning's launcher has started the other."""
+    script = [sys.executable, str(ROOT / "recipes" / "train.py"), *SMALL, f"data.path={corpus}", "trainer.devices=2"]
+    with reserved_port() as port:
+        env = os.environ | {"LIGHTNING_MICS_CACHE": str(tmp_path / "cache"), "MASTER_PORT": str(port)}
+        command = [*script, "trainer.max_steps=1000000", "callbacks.progress.every=1"]
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        begun = any(line.startswith("step ") for line in process.stdout)
+        process.terminate()
+        shown, _ = process.communicate(timeout=900)  # the end of what both processes show, hence of both
+    assert begun and process.returncode == 143, shown
+    last = only_run(tmp_path) / "checkpoints" / "last.ckpt"
+    assert last.is_dir()
+    assert re.search(r"^stopped     by a signal after step \d+/1000000$", shown, re.MULTILINE)
+    assert re.search(rf"^go on with  python .* trainer.max_steps=1000000 ckpt_path={last}$", shown, re.MULTILINE)
+
+
 def test_failure_is_in_the_ranks_log(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(AssertionError, match="is longer than the"):
         train(tmp_path, corpus, "trainer.devices=1", "cluster.partition_size=1", "data.seq_len=1000000")
