@@ -1,0 +1,134 @@
+"""The command line: `mics show | verify | export | probe`.
+
+Each command calls what Python users call; nothing can be done here alone. What needs torch is imported by the command
+that needs it, so that the others answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from mics_tools import atomic
+from mics_tools.manifest import DamagedCheckpoint, Manifest, check_kind
+from mics_tools.tables import overview
+from mics_tools.units import in_units
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+_WHOLE, _DAMAGED, _NO_CHECKPOINT = 0, 1, 2
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint directory.")]
+Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Checkpoint directories.")]
+
+
+@app.callback()
+def main() -> None:
+    """MiCS: sharded data parallelism whose traffic stays inside small groups."""
+
+
+@app.command()
+def show(directory: Folder) -> None:
+    """What a checkpoint holds, by its manifest and the sizes of its files; exits as verify does."""
+
+    def sizes(manifest: Manifest) -> dict[str, str]:
+        Console().print(*overview(manifest), sep="\n")
+        return manifest.damage(directory, contents=False)
+
+    raise typer.Exit(_examined(directory, sizes, "whole by the sizes of its files"))
+
+
+@app.command()
+def verify(
+    directories: Folders,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes alone, not checksums.")] = False,
+) -> None:
+    """Compare every file of checkpoints with its size and checksum.
+
+    Exits with 0 where all are whole, 1 on damage, 2 where a directory is no checkpoint.
+    """
+
+    def examined(directory: Path) -> int:
+        with _progress(str(directory)) as begin:
+            return _examined(directory, lambda manifest: _damage(directory, manifest, quick, begin), how)
+
+    how = "whole by the sizes of its files" if quick else "whole"
+    raise typer.Exit(max([examined(directory) for directory in directories]))
+
+
+@app.command()
+def probe(
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("network.json"),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default an accelerator if there is one.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="By default as torchrun or SLURM tell.")] = None,
+) -> None:
+    """Measure the network inside nodes and between them, and write it to a file.
+
+    The strategy reads it: MiCSStrategy(network="network.json").
+    """
+    from lightning_mics.probe_command import run
+
+    run(output, device, ranks_per_node)
+
+
+Begin = Callable[[int], Callable[[int], object]]
+
+
+def _damage(directory: Path, manifest: Manifest, quick: bool, begin: Begin) -> dict[str, str]:
+    return manifest.damage(directory, contents=not quick, on_read=None if quick else begin(manifest.size))
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Begin]:
+    """A bar on a terminal: told how many bytes there are, it gives a function to be told of those that were read."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def begin(total: int) -> Callable[[int], object]:
+            task = bar.add_task(what, total=total)
+            return lambda count: bar.advance(task, count)
+
+        yield begin
+
+
+def _examined(directory: Path, damage_of: Callable[[Manifest], dict[str, str]], how: str) -> int:
+    """Print whether a checkpoint is whole, or what is wrong with it; the exit code."""
+    _warn_of_left_overs(directory)
+    try:
+        check_kind(directory)
+    except (FileNotFoundError, ValueError) as error:
+        _say(f"error: {error}", err=True)
+        return _NO_CHECKPOINT
+    try:
+        manifest = Manifest.of(directory)
+        damage = damage_of(manifest)
+    except DamagedCheckpoint as error:
+        damage = error.damage
+    if not damage:
+        _say(f"{directory}: {how}, {len(manifest.files)} files, {in_units(manifest.size, 'B')}")
+        return _WHOLE
+    _say(f"{directory}: damaged")
+    for name, reason in damage.items():
+        _say(f"  {name}: {reason}")
+    return _DAMAGED
+
+
+def _warn_of_left_overs(directory: Path) -> None:
+    try:
+        left = atomic.left_over(Path(os.path.abspath(directory)).parent)
+    except OSError:  # a folder of somebody else's
+        return
+    for path in left:
+        _say(f"note: {path} was left by a save that did not end; the next save there deletes it", err=True)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    print(text, file=sys.stderr if err else sys.stdout)
