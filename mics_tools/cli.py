@@ -10,7 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated
 
 import typer
@@ -24,7 +26,15 @@ from mics_tools.units import in_units
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-_WHOLE, _DAMAGED, _NO_CHECKPOINT = 0, 1, 2
+_WHOLE, _DAMAGED, _IMPOSSIBLE = 0, 1, 2
+
+
+class Form(StrEnum):
+    """What a checkpoint can be exported to."""
+
+    HF = "hf"
+    LIGHTNING = "lightning"
+
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint directory.")]
 Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Checkpoint directories.")]
@@ -40,7 +50,7 @@ def show(directory: Folder) -> None:
     """What a checkpoint holds, by its manifest and the sizes of its files; exits as verify does."""
 
     def sizes(manifest: Manifest) -> dict[str, str]:
-        Console().print(*overview(manifest), sep="\n")
+        Console(markup=False, highlight=False).print(*overview(manifest), sep="\n")
         return manifest.damage(directory, contents=False)
 
     raise typer.Exit(_examined(directory, sizes, "whole by the sizes of its files"))
@@ -79,6 +89,39 @@ def probe(
     run(output, device, ranks_per_node)
 
 
+@app.command()
+def export(
+    directory: Folder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder (hf) or the file (lightning) to write.")],
+    to: Annotated[Form, typer.Option(help="A folder for from_pretrained, or a file for any Lightning Trainer.")],
+    model: Annotated[str | None, typer.Option(help="hf: which of several models, by its name in the module.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="hf: of a file of tensors; by default 5GB.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="hf: cast to float32, bfloat16 or float16.")] = None,
+    weights_only: Annotated[
+        bool, typer.Option(help="lightning: refuse objects that are not plain data, whose code would run.")
+    ] = True,
+    verify: Annotated[str, typer.Option(help="auto (what is read), full, or off.")] = "auto",
+) -> None:
+    """Write a checkpoint in another form; 1 is the exit code on damage, 2 where it cannot be done."""
+    of_hf = {"model": model, "max_shard_size": max_shard_size, "dtype": dtype}
+    given = {name: value for name, value in of_hf.items() if value is not None}
+    if given and to is Form.LIGHTNING:
+        raise typer.BadParameter(f"{', '.join(given)}: only of --to hf")
+    if not weights_only and to is Form.HF:
+        raise typer.BadParameter("weights_only: only of --to lightning; --to hf reads tensors alone")
+    from lightning_mics.checkpoint import consolidate, export_hugging_face
+
+    try:
+        if to is Form.HF:
+            export_hugging_face(directory, out, verify=verify, **given)
+        else:
+            consolidate(directory, out, verify=verify, weights_only=weights_only)
+    except (OSError, ValueError, UnpicklingError) as error:
+        _say(f"error: {error}", err=True)
+        raise typer.Exit(_DAMAGED if isinstance(error, DamagedCheckpoint) else _IMPOSSIBLE) from None
+    _say(f"written to {out}, {in_units(_size(out), 'B')}")
+
+
 Begin = Callable[[int], Callable[[int], object]]
 
 
@@ -106,7 +149,7 @@ def _examined(directory: Path, damage_of: Callable[[Manifest], dict[str, str]], 
         check_kind(directory)
     except (FileNotFoundError, ValueError) as error:
         _say(f"error: {error}", err=True)
-        return _NO_CHECKPOINT
+        return _IMPOSSIBLE
     try:
         manifest = Manifest.of(directory)
         damage = damage_of(manifest)
@@ -128,6 +171,11 @@ def _warn_of_left_overs(directory: Path) -> None:
         return
     for path in left:
         _say(f"note: {path} was left by a save that did not end; the next save there deletes it", err=True)
+
+
+def _size(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files)
 
 
 def _say(text: str, *, err: bool = False) -> None:

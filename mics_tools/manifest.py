@@ -71,6 +71,7 @@ class Manifest:
         topology: world_size, ranks_per_node and partition_size of the run that wrote it.
         files: by name, relative to the checkpoint, with "/" between parts.
         tensors: by name: "model.<name>", or "optimizer.<number>.<name>.<what>".
+        tied: further names of tensors of the model, and the names that they have in `tensors`; both without "model.".
         models: for each Hugging Face model within, under its name in the module: its configuration.
     """
 
@@ -82,6 +83,7 @@ class Manifest:
     topology: Mapping[str, int]
     files: Mapping[str, File]
     tensors: Mapping[str, TensorEntry]
+    tied: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property

@@ -166,7 +166,7 @@ class Checkpoint:
         Raises:
             FileNotFoundError, ValueError: if there is no checkpoint, or it is damaged.
         """
-        verify_alone(self.path, self._described(), verify)
+        verify_alone(self.path, self._described(), verify, optimizers=True)
         index, rest = self._open(weights_only)
         entries = {
             key: meta for key, meta in index.state_dict_metadata.items() if isinstance(meta, TensorStorageMetadata)
@@ -261,6 +261,8 @@ def _manifest(snapshot: Snapshot, files: Mapping[str, File]) -> Manifest:
             key: TensorEntry(str(dtype).removeprefix("torch."), tuple(size))
             for key, (dtype, size) in snapshot.tensors.items()
         },
+        tied=snapshot.tied,
+        models=snapshot.models,
     )
 
 
