@@ -51,7 +51,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tenso
     with open(path, "wb") as stream:
         stream.write(_header({name: tensors[name] for name in names}))
         for name in names:
-            stream.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            stream.write(read(name).reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()
         os.fsync(stream.fileno())
 
