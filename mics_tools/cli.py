@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated
@@ -66,12 +66,8 @@ def verify(
     Exits with 0 where all are whole, 1 on damage, 2 where a directory is no checkpoint.
     """
 
-    def examined(directory: Path) -> int:
-        with _progress(str(directory)) as begin:
-            return _examined(directory, lambda manifest: _damage(directory, manifest, quick, begin), how)
-
     how = "whole by the sizes of its files" if quick else "whole"
-    raise typer.Exit(max([examined(directory) for directory in directories]))
+    raise typer.Exit(max([_examined(each, partial(_damage, each, quick), how) for each in directories]))
 
 
 @app.command()
@@ -122,24 +118,12 @@ def export(
     _say(f"written to {out}, {in_units(_size(out), 'B')}")
 
 
-Begin = Callable[[int], Callable[[int], object]]
-
-
-def _damage(directory: Path, manifest: Manifest, quick: bool, begin: Begin) -> dict[str, str]:
-    return manifest.damage(directory, contents=not quick, on_read=None if quick else begin(manifest.size))
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Begin]:
-    """A bar on a terminal: told how many bytes there are, it gives a function to be told of those that were read."""
+def _damage(directory: Path, quick: bool, manifest: Manifest) -> dict[str, str]:
+    """What is damaged, with a bar on a terminal while files are read."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-
-        def begin(total: int) -> Callable[[int], object]:
-            task = bar.add_task(what, total=total)
-            return lambda count: bar.advance(task, count)
-
-        yield begin
+    with Progress(console=console, transient=True, disable=quick or not console.is_terminal) as bar:
+        task = bar.add_task(str(directory), total=manifest.size)
+        return manifest.damage(directory, contents=not quick, on_read=partial(bar.advance, task))
 
 
 def _examined(directory: Path, damage_of: Callable[[Manifest], dict[str, str]], how: str) -> int:
