@@ -1,5 +1,5 @@
 """`python -m lightning_mics`, which torchrun's -m starts as well: the command line."""
 
-from lightning_mics.cli import app
+from mics_tools.cli import app
 
 app(prog_name="mics")

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_mics.strategy import MiCSStrategy
 from lightning_mics.version import __version__
+from mics_tools.units import in_units
 
 
 class RunHeader(pl.Callback):
@@ -71,15 +72,6 @@ def _communication(trainer: pl.Trainer) -> list[tuple[str, str]]:
         ("rung", f"{strategy.mics.rung} (parameters/gradients)"),
         *[("blocks" if i == 0 else "", line) for i, line in enumerate(strategy.mics.describe().splitlines())],
     ]
-
-
-def in_units(number: float, unit: str = "") -> str:
-    """A number with three digits and a decimal prefix to its unit: 1234567 bytes are "1.23 MB"."""
-    prefixes = ["", "k", "M", "G", "T", "P"]
-    while abs(number) >= 999.5 and len(prefixes) > 1:
-        number /= 1000
-        del prefixes[0]
-    return f"{number:.3g} {prefixes[0]}{unit}".strip()
 
 
 class Throughput(pl.Callback):

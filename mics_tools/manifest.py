@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ FORMAT = 1
 _KIND = "lightning-mics checkpoint"
 _SEAL = ',\n  "checksum": '
 _BUFFER = 1 << 22
+_OTHERS = (".metadata", "lightning.pt")  # what a checkpoint has beside its manifest, even when that is lost
 
 
 class DamagedCheckpoint(ValueError):
@@ -70,6 +71,7 @@ class Manifest:
         topology: world_size, ranks_per_node and partition_size of the run that wrote it.
         files: by name, relative to the checkpoint, with "/" between parts.
         tensors: by name: "model.<name>", or "optimizer.<number>.<name>.<what>".
+        tied: further names of tensors of the model, and the names that they have in `tensors`; both without "model.".
         models: for each Hugging Face model within, under its name in the module: its configuration.
     """
 
@@ -81,6 +83,7 @@ class Manifest:
     topology: Mapping[str, int]
     files: Mapping[str, File]
     tensors: Mapping[str, TensorEntry]
+    tied: Mapping[str, str] = field(default_factory=dict)
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -128,7 +131,12 @@ class Manifest:
             raise DamagedCheckpoint(folder, {NAME: f"cannot be read: {error}"}) from None
 
     def damage(
-        self, folder: str | os.PathLike[str], names: Iterable[str] | None = None, *, contents: bool = True
+        self,
+        folder: str | os.PathLike[str],
+        names: Iterable[str] | None = None,
+        *,
+        contents: bool = True,
+        on_read: Callable[[int], object] | None = None,
     ) -> dict[str, str]:
         """For each damaged file, what is wrong with it.
 
@@ -136,11 +144,12 @@ class Manifest:
             folder: of the checkpoint.
             names: of the files to look at; all by default.
             contents: read them and compare checksums, not sizes alone.
+            on_read: told how many bytes were read, again and again.
         """
         found = {}
         for name in self.files if names is None else names:
             try:
-                reason = _damage_of(Path(folder) / name, self.files[name], contents)
+                reason = _damage_of(Path(folder) / name, self.files[name], contents, on_read)
             except FileNotFoundError:
                 reason = "missing"
             except OSError as error:
@@ -150,23 +159,41 @@ class Manifest:
         return found
 
 
-def file_as_written(path: str | os.PathLike[str]) -> File:
-    """The size and the checksum of a file."""
+def check_kind(folder: str | os.PathLike[str]) -> None:
+    """Before a checkpoint directory is read.
+
+    Raises:
+        FileNotFoundError: if `folder` is none, not even a damaged one.
+        ValueError: if it is a checkpoint in a single file, or any other file.
+    """
+    if Path(folder).is_file():
+        raise ValueError(
+            f"{os.fspath(folder)} is a single file, not a checkpoint directory; use it as it is: load_from_checkpoint "
+            "and ckpt_path take it"
+        )
+    if not any((Path(folder) / name).exists() for name in (NAME, *_OTHERS)):
+        raise FileNotFoundError(f"{os.fspath(folder)} is not a checkpoint; give the directory that was saved")
+
+
+def file_as_written(path: str | os.PathLike[str], on_read: Callable[[int], object] | None = None) -> File:
+    """The size and the checksum of a file; `on_read` is told how many bytes were read, again and again."""
     with open(path, "rb") as stream:
         checksum, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(_BUFFER))
         while count := stream.readinto(buffer):
             checksum.update(buffer[:count])
             size += count
+            if on_read is not None:
+                on_read(count)
     return File(size, checksum.hexdigest())
 
 
-def _damage_of(path: Path, expected: File, contents: bool) -> str | None:
+def _damage_of(path: Path, expected: File, contents: bool, on_read: Callable[[int], object] | None) -> str | None:
     size = path.stat().st_size
     if not path.is_file():
         return "not a file"
     if size != expected.size:
         return f"{size} bytes of {expected.size}"
-    if contents and file_as_written(path) != expected:
+    if contents and file_as_written(path, on_read) != expected:
         return "its bytes are not those that were written"
     return None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_mics import MiCSStrategy
 from lightning_mics import callbacks as module
-from lightning_mics.callbacks import RunHeader, Throughput, in_units, size_of
+from lightning_mics.callbacks import RunHeader, Throughput, size_of
 from tests.distributed.ranks import run_ranks
 
 
@@ -127,15 +127,6 @@ def test_throughput_counts_windows_and_leaves_validation_out(monkeypatch: pytest
     # A window is 3 batches of 2 s and 6 samples; validations of 1000 s fall inside both windows.
     assert trainer.global_step == 2
     assert set(seen) == {(3.0, 6.0)}
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (1234567, "1.23 MB"), (174.6e9, "175 GB"), (2.8e12, "2.8 TB")],
-)
-def test_units(number: float, text: str) -> None:
-    assert in_units(number, "B") == text
-    assert in_units(number) == text.removesuffix("B").strip()
 
 
 def test_size_of_batches() -> None:

@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from lightning_mics import MiCSStrategy
-from lightning_mics.cli import app
 from lightning_mics.network import Network
 from lightning_mics.version import __version__
+from mics_tools.cli import app
 from tests.ports import reserved_port
 
 PROBE = ["-m", "lightning_mics", "probe", "--device", "cpu", "--output", "network.json"]

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 import lightning_mics
+import mics_tools
 
 PACKAGE = Path(lightning_mics.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TOOLS = sorted(Path(mics_tools.__file__).parent.glob("*.py"))
 
 # Lowest first. What stands in one row does not import its like.
 ROWS = (
@@ -30,7 +32,7 @@ ROWS = (
     {"saving"},
     {"strategy", "fabric", "accelerate"},
     {"callbacks"},
-    {"cli"},
+    {"probe_command"},
     {"__main__"},
 )
 ENGINE = set().union(*ROWS[: ROWS.index({"sharding"}) + 1])
@@ -59,7 +61,7 @@ def imported_parts(path: Path) -> set[str]:
 
 
 def named(paths: list[Path]) -> list[object]:
-    return [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in paths]
+    return [pytest.param(path, id=str(path.relative_to(PACKAGE.parent))) for path in paths]
 
 
 @pytest.mark.parametrize("path", named([path for path in MODULES if part(path) != "__init__"]))
@@ -80,6 +82,13 @@ def test_the_engine_knows_no_integration(path: Path) -> None:
 @pytest.mark.parametrize("name", ["topology", "network", "ladder"])
 def test_pure_python(name: str) -> None:
     assert not [name for name in imports(PACKAGE / f"{name}.py") if name.split(".")[0] in (*FOREIGN, "numpy")]
+
+
+@pytest.mark.parametrize("path", named(TOOLS))
+def test_the_tools_stand_below_the_package(path: Path) -> None:
+    """Only the commands reach up, each when it runs: tests/mics_tools/test_cli.py sees that none is imported before."""
+    foreign = [name for name in imports(path) if name.split(".")[0] in (*FOREIGN, "numpy", "lightning_mics")]
+    assert not foreign or path.name == "cli.py"
 
 
 def is_private(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Checkpoints: sharded, exact, verified, and readable at another number of ranks."""
 
 from lightning_mics.checkpoint.directory import Checkpoint
+from lightning_mics.checkpoint.export import export_hugging_face
 from lightning_mics.checkpoint.optimizer import optimizer_state_by_name
 from lightning_mics.checkpoint.pieces import Writers
 from lightning_mics.checkpoint.rng import TrainingRng, get_rng_state, set_rng_state
@@ -21,6 +22,7 @@ __all__ = [
     "Verify",
     "Writers",
     "consolidate",
+    "export_hugging_face",
     "get_rng_state",
     "is_remote",
     "load_whole_state_dict",

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from lightning_mics.checkpoint import atomic, metadata
+from lightning_mics.checkpoint import metadata
 from lightning_mics.checkpoint.agreement import gathered, together
 from lightning_mics.checkpoint.flat import MODEL, OPTIMIZER, aliases_in, join, parts_of
 from lightning_mics.checkpoint.foreign import REST as FOREIGN_REST
@@ -45,8 +45,9 @@ from lightning_mics.checkpoint.optimizer import (
 from lightning_mics.checkpoint.plain import load_plain, reason
 from lightning_mics.checkpoint.snapshot import Snapshot, Written
 from lightning_mics.checkpoint.verification import Verify, verify_alone, verify_together
+from mics_tools import atomic
 from mics_tools.manifest import NAME as MANIFEST
-from mics_tools.manifest import File, Manifest, TensorEntry, file_as_written
+from mics_tools.manifest import File, Manifest, TensorEntry, check_kind, file_as_written
 
 REST = "lightning.pt"
 _RNG = "rng.pt"
@@ -170,7 +171,7 @@ class Checkpoint:
             FileNotFoundError, ValueError: if there is no checkpoint, or it is damaged.
         """
         if (manifest := self._described()) is not None:
-            verify_alone(self.path, manifest, verify)
+            verify_alone(self.path, manifest, verify, optimizers=True)
         index, rest = self._open(weights_only)
         entries = {
             key: meta for key, meta in index.state_dict_metadata.items() if isinstance(meta, TensorStorageMetadata)
@@ -207,13 +208,7 @@ class Checkpoint:
 
     def _described(self) -> Manifest | None:
         """The manifest; None for a checkpoint of Lightning's own, which has none."""
-        if self.path.is_file():
-            raise ValueError(
-                f"{self.path} is a single file, not a checkpoint directory; use it as it is: load_from_checkpoint and "
-                "ckpt_path take it"
-            )
-        if not any((self.path / name).exists() for name in (MANIFEST, metadata.NAME, REST)):
-            raise FileNotFoundError(f"{self.path} is not a checkpoint; give the directory that was saved")
+        check_kind(self.path)
         if unfinished := atomic.left_over(self.path.parent):
             rank_zero_warn(f"left by saves that did not end, and not loaded: {', '.join(map(str, unfinished))}")
         return None if is_foreign(self.path) else self.manifest
@@ -281,6 +276,8 @@ def _manifest(snapshot: Snapshot, files: Mapping[str, File]) -> Manifest:
             key: TensorEntry(str(dtype).removeprefix("torch."), tuple(size))
             for key, (dtype, size) in snapshot.tensors.items()
         },
+        tied=snapshot.tied,
+        models=snapshot.models,
     )
 
 

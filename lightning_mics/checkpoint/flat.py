@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 MODEL = "model."
 OPTIMIZER = "optimizer."
-_TIED = "tied"
+TIED = "tied"
 
 
 def split(checkpoint: dict[str, Any], module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -21,7 +21,7 @@ def split(checkpoint: dict[str, Any], module: nn.Module) -> tuple[dict[str, Tens
     aliases, state = aliases_in(module), checkpoint.get("state_dict", {})
     tensors = {MODEL + k: v for k, v in state.items() if isinstance(v, Tensor) and k not in aliases}
     rest = {**checkpoint, "state_dict": {k: v for k, v in state.items() if not isinstance(v, Tensor)}}
-    rest[_TIED] = {k: aliases[k] for k in state if k in aliases}
+    rest[TIED] = {k: aliases[k] for k in state if k in aliases}
     if "optimizer_states" in checkpoint:
         rest["optimizer_states"] = []
     for i, optimizer in enumerate(checkpoint.get("optimizer_states", ())):
@@ -42,7 +42,7 @@ def join(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
         else:
             i, name, field = parts_of(key)
             rest["optimizer_states"][i]["state"].setdefault(name, {})[field] = tensor
-    state |= {alias: state[name] for alias, name in rest.pop(_TIED, {}).items() if name in state}
+    state |= {alias: state[name] for alias, name in rest.pop(TIED, {}).items() if name in state}
     return rest
 
 

@@ -29,9 +29,17 @@ from lightning_mics.checkpoint.optimizer import (
     paired,
 )
 from lightning_mics.checkpoint.plain import load_plain
+from lightning_mics.checkpoint.verification import Verify
+from mics_tools import atomic
 
 
-def consolidate(directory: str | Path, file: str | Path, *, weights_only: bool | None = None) -> None:
+def consolidate(
+    directory: str | Path,
+    file: str | Path,
+    *,
+    weights_only: bool | None = None,
+    verify: Verify | str = Verify.AUTO,
+) -> None:
     """Write a checkpoint directory as one Lightning checkpoint file, for one process without this package.
 
     `MyModule.load_from_checkpoint(file)` reads it, and `trainer.fit(model, ckpt_path=file)` resumes from it under any
@@ -44,20 +52,26 @@ def consolidate(directory: str | Path, file: str | Path, *, weights_only: bool |
         file: to write; one that exists is replaced when the new one is complete.
         weights_only: of `torch.load`, for what Lightning keeps beside tensors. False lets it run the code of objects
             that a module saved, so only for a checkpoint from a trusted source.
+        verify: whether the directory is compared with its manifest first: "auto" and "full" all of it, or "off".
 
     Raises:
-        FileNotFoundError, ValueError: if `directory` is not a checkpoint directory.
+        FileNotFoundError, ValueError: if `directory` is not a checkpoint directory, or is damaged.
         IsADirectoryError: if `file` is a directory.
     """
     file = Path(file)
     if file.is_dir():
         raise IsADirectoryError(f"file={str(file)!r} is a directory; name a file, as {str(file / 'whole.ckpt')!r}")
-    checkpoint = Checkpoint(directory).read(weights_only)
+    checkpoint = Checkpoint(directory).read(weights_only, verify=Verify.parse(verify))
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = [number_parameters(state) for state in checkpoint["optimizer_states"]]
-    aside = file.with_name(f".{file.name}.partial")
-    torch.save(checkpoint, aside)
-    os.replace(aside, file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = atomic.aside(file)
+    try:
+        torch.save(checkpoint, aside)
+        atomic.flush(aside)
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def is_remote(path: str | Path) -> bool:

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning_mics._compat import named_files
-from lightning_mics.checkpoint.flat import OPTIMIZER, split
+from lightning_mics.checkpoint.flat import OPTIMIZER, TIED, split
+from lightning_mics.checkpoint.hugging_face import configurations
 from lightning_mics.checkpoint.pieces import Piece, Writers, pieces_of
 from lightning_mics.checkpoint.rng import get_rng_state
 from lightning_mics.topology import Topology
@@ -73,6 +74,8 @@ class Snapshot:
         epoch: the epoch that is under way.
         saved: when, in UTC.
         versions: of the packages.
+        tied: further names of tensors, and their first.
+        models: configurations of the Hugging Face models in the module, by their names in it.
     """
 
     tensors: Mapping[str, tuple[torch.dtype, torch.Size]]
@@ -85,6 +88,8 @@ class Snapshot:
     epoch: int
     saved: str
     versions: Mapping[str, str]
+    tied: Mapping[str, str]
+    models: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def take(
@@ -131,6 +136,8 @@ class Snapshot:
                 "lightning": str(checkpoint.get("pytorch-lightning_version", "")),
                 "python": platform.python_version(),
             },
+            tied=rest[TIED],
+            models=configurations(module),
         )
 
     def write_pieces(self, folder: Path) -> tuple[dict[str, File], Written]:

@@ -61,9 +61,9 @@ def verify_together(folder: Path, manifest: Manifest, how: Verify, *, optimizers
         raise DamagedCheckpoint(folder, found)
 
 
-def verify_alone(folder: Path, manifest: Manifest, how: Verify) -> None:
+def verify_alone(folder: Path, manifest: Manifest, how: Verify, *, optimizers: bool) -> None:
     """The same in one process, which will read all of it. No communication."""
-    if found := manifest.damage(folder, _names(manifest, how, optimizers=True)):
+    if found := manifest.damage(folder, _names(manifest, how, optimizers)):
         raise DamagedCheckpoint(folder, found)
 
 

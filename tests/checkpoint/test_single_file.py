@@ -12,8 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typer.testing import CliRunner, Result
 
 from lightning_mics import consolidate
+from mics_tools.cli import app
+from tests.checkpoint.saving import save_alone
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import (
     WIDTH,
@@ -241,6 +244,67 @@ def test_what_cannot_be_consolidated(consolidated: Consolidated, tmp_path: Path)
     with pytest.raises(IsADirectoryError, match=r"file='.*' is a directory; name a file, as '.*whole\.ckpt'"):
         consolidate(whole.with_name("sharded.ckpt"), tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+# -- by the command ----------------------------------------------------------------------------------------------------
+
+
+def _export(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["export", *map(str, arguments), "--to", "lightning"])
+
+
+def test_the_command_writes_what_plain_lightning_loads_and_resumes_from(
+    consolidated: Consolidated, tmp_path: Path
+) -> None:
+    path, look, losses = consolidated
+    file = tmp_path / "new" / "file.ckpt"
+    result = _export(path.with_name("sharded.ckpt"), file)
+    assert result.exit_code == 0 and f"written to {file}, " in result.stdout
+    assert _values(parameters(Whole.load_from_checkpoint(file))) == look["parameters"]
+    for found, later, _ in run_ranks(2, _resume, "ddp", file):
+        _same_state(found, look)
+        assert later == pytest.approx(losses, rel=1e-6)
+
+
+def test_the_command_says_what_it_cannot_do(consolidated: Consolidated, tmp_path: Path) -> None:
+    sharded, out = consolidated[0].with_name("sharded.ckpt"), tmp_path / "file.ckpt"
+    damaged = shutil.copytree(sharded, tmp_path / "damaged.ckpt")
+    next(damaged.glob("optimizer-*.distcp")).write_bytes(b"short")
+    for code, says, result in (
+        (1, "error: " + str(damaged) + " is damaged: optimizer-", _export(damaged, out)),
+        (2, "is a single file, not a checkpoint directory", _export(consolidated[0], out)),
+        (2, "is a directory; name a file", _export(sharded, tmp_path)),
+        (2, "model, dtype: only of --to hf", _export(sharded, out, "--model", "x", "--dtype", "float32")),
+    ):
+        assert result.exit_code == code and says in " ".join(result.stderr.replace("│", "").split()), result.output
+    assert [file.name for file in tmp_path.iterdir()] == ["damaged.ckpt"]
+
+
+class Thing:
+    """Not plain data."""
+
+
+def test_objects_that_are_not_plain_data_are_loaded_when_that_is_asked_for(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="opens with weights_only=False alone"):
+        save_alone(tmp_path / "saved", nn.Linear(2, 2), thing=Thing())
+    result = _export(tmp_path / "saved", tmp_path / "file.ckpt")
+    assert result.exit_code == 2 and "holds objects that are not plain data" in result.stderr
+    assert _export(tmp_path / "saved", tmp_path / "file.ckpt", "--no-weights-only").exit_code == 0
+    assert isinstance(torch.load(tmp_path / "file.ckpt", weights_only=False)["thing"], Thing)
+
+
+def test_a_write_that_fails_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object, path: Path) -> None:
+        path.write_text("half")
+        raise OSError("no space left, as meant")
+
+    save_alone(tmp_path / "saved", nn.Linear(2, 2))
+    (tmp_path / "file.ckpt").write_text("older")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="as meant"):
+        consolidate(tmp_path / "saved", tmp_path / "file.ckpt")
+    assert (tmp_path / "file.ckpt").read_text() == "older"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file.ckpt", "saved"]
 
 
 # -- a directory restores what is not a parameter ----------------------------------------------------------------------

@@ -16,7 +16,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PARTIAL, _OLD = ".partial", ".old"
@@ -40,7 +40,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     new.mkdir()
     held = os.open(new, os.O_RDONLY)
     try:
-        _take(held)
+        _hold(held)
         yield new
         for folder in (new, *(child for child in new.iterdir() if child.is_dir())):
             flush(folder)
@@ -138,6 +138,12 @@ def _is_held(path: Path) -> bool:
         return not _take(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _hold(descriptor: int) -> None:
+    """Take the lock of a directory, for which only somebody who asks whether it is held can make this wait."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _take(descriptor: int) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mics.checkpoint import atomic
+from mics_tools import atomic
 
 
 def _fill(path: Path, content: str) -> None:
@@ -74,7 +74,7 @@ def test_the_exchange_is_used_where_there_is_one(tmp_path: Path) -> None:
 _WRITER = """
 import os, signal, sys
 from pathlib import Path
-from lightning_mics.checkpoint import atomic
+from mics_tools import atomic
 with atomic.written_aside(Path(sys.argv[1])) as folder:
     (folder / "file").write_text("half")
     print("writing", flush=True)

@@ -1,14 +1,11 @@
-"""The command line: `mics probe`, run on every rank by torchrun or srun.
-
-Each command calls what Python users call; nothing can be done here alone.
-"""
+"""`mics probe` as it runs on every rank that torchrun or srun started."""
 
 from __future__ import annotations
 
 import os
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,31 +14,25 @@ from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvir
 from rich import get_console
 from rich.table import Table
 
-from lightning_mics.callbacks import in_units
 from lightning_mics.network import Network
 from lightning_mics.probe import probe as measure
 from lightning_mics.topology import ranks_per_node_from_environment
 from lightning_mics.version import __version__
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+from mics_tools.units import in_units
 
 _HOW = "start it on every rank: torchrun --nproc-per-node 8 -m lightning_mics probe, or srun mics probe"
 
 
-@app.callback()
-def main() -> None:
-    """MiCS: sharded data parallelism whose traffic stays inside small groups."""
+def run(output: Path, device: str | None, ranks_per_node: int | None) -> None:
+    """Measure the network with the other ranks, and on rank 0 write it to a file. Makes the default process group.
 
+    Args:
+        output: the file to write.
+        device: cpu or cuda; by default an accelerator if there is one.
+        ranks_per_node: by default as torchrun or SLURM tell.
 
-@app.command()
-def probe(
-    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("network.json"),
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default an accelerator if there is one.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="By default as torchrun or SLURM tell.")] = None,
-) -> None:
-    """Measure the network inside nodes and between them, and write it to a file.
-
-    The strategy reads it: MiCSStrategy(network="network.json").
+    Raises:
+        typer.BadParameter: if no launcher started this process, or it does not tell how many ranks a node runs.
     """
     cluster = _cluster()
     kind = device or (str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu")
