@@ -189,8 +189,10 @@ class _Summing(FileSystem):
             with super().create_stream(path, mode) as stream:
                 summed = _SummedStream(stream)
                 yield summed
-        except OSError as error:  # a write does not tell where
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        except Exception as error:  # what fails in a write does not tell where, and torch.save tells of what follows
+            if (cause := _os_error(error)) is not None:
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            raise
         else:
             self._files[Path(path).name] = File(summed.size, summed.checksum.hexdigest())
 
@@ -220,6 +222,13 @@ class _SummedStream(io.RawIOBase):
 
     def close(self) -> None:
         self._stream.close()
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The error of the system behind `error`."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _serialised(value: Any) -> bytes:
