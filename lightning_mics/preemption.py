@@ -227,8 +227,14 @@ def save(trainer: pl.Trainer) -> Path | None:
         return _save_for_requeue(trainer)
     callbacks = [c for c in trainer.checkpoint_callbacks if hasattr(c, "last_model_path")]
     path = _last_of(callbacks[0], trainer) if callbacks else str(Path(trainer.default_root_dir) / "last.ckpt")
-    trainer.save_checkpoint(path)
+    _save_and_wait(trainer, path)
     return Path(path)
+
+
+def _save_and_wait(trainer: pl.Trainer, path: str | Path) -> None:
+    """It is on the disk when this returns, under `async_save` too."""
+    trainer.save_checkpoint(path)
+    trainer.strategy.saver.wait()  # type: ignore[attr-defined]
 
 
 def _last_of(callback: Any, trainer: pl.Trainer) -> str:
@@ -246,7 +252,7 @@ def _save_for_requeue(trainer: pl.Trainer) -> Path:
     """Under another name first: Lightning would take the leftovers of a killed save for the newest checkpoint."""
     folder = Path(trainer.default_root_dir)
     aside = folder / "preempted.ckpt"
-    trainer.save_checkpoint(aside)
+    _save_and_wait(trainer, aside)
     path = aside
     if trainer.is_global_zero:
         numbers = [int(found[1]) for name in os.listdir(folder) if (found := re.search(rf"{_HPC}(\d+)", name))]

@@ -118,7 +118,9 @@ class Manual(Stoppable):
             optimizer.zero_grad()
 
 
-def _fit(module: Toy, callbacks: list[Any], ckpt_path: Any = None, **options: Any) -> pl.Trainer:
+def _fit(
+    module: Toy, callbacks: list[Any], ckpt_path: Any = None, *, async_save: bool = False, **options: Any
+) -> pl.Trainer:
     torch.manual_seed(1234 + dist.get_rank() if ckpt_path is None else 4321)
     defaults = {
         "accumulate_grad_batches": WINDOW if module.automatic_optimization else 1,
@@ -127,7 +129,9 @@ def _fit(module: Toy, callbacks: list[Any], ckpt_path: Any = None, **options: An
         "num_sanity_val_steps": 1,
         "enable_checkpointing": True,
     }
-    run = trainer(options.pop("strategy", None) or mics(), callbacks=callbacks, **(defaults | options))
+    run = trainer(
+        options.pop("strategy", None) or mics(async_save=async_save), callbacks=callbacks, **(defaults | options)
+    )
     validation = DataLoader(TensorDataset(*batch_of(50, 0, size=2 * len(ALL))))
     run.fit(module, Batches(BATCHES), validation, ckpt_path=ckpt_path)
     return run
@@ -222,10 +226,10 @@ def test_manual_optimization_stops_after_a_batch_that_stepped(tmp_path: Path) ->
 # -- SLURM -------------------------------------------------------------------------------------------------------------
 
 
-def _requeued(path: Path) -> list[str]:
+def _requeued(path: Path, async_save: bool) -> list[str]:
     """Preempted twice, each time resumed by Lightning's own search, then cancelled; what scontrol was asked for."""
     os.environ["SLURM_PROCID"] = os.environ["SLURM_LOCALID"] = str(dist.get_rank())
-    options = {"default_root_dir": path, "limit_val_batches": 0}
+    options = {"default_root_dir": path, "limit_val_batches": 0, "async_save": async_save}
     whole, parts = _module(Stoppable), []
     _fit(whole, [_saves(path / "whole")], **options)
     if dist.get_rank() == 0:
@@ -255,7 +259,7 @@ def test_slurm_starts_the_job_again_where_it_stopped(tmp_path: Path, array: dict
     (bin_first / "scontrol").chmod(0o755)
     job = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     job |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "PATH": f"{bin_first}{os.pathsep}{os.environ['PATH']}"}
-    left = run_ranks(2, _requeued, root, **job, **array)[0]
+    left = run_ranks(2, _requeued, root, bool(array), **job, **array)[0]
     assert [name for name in left if "ckpt" in name] == [f"hpc_ckpt_{i}.ckpt" for i in (1, 2, 3)]
     name = "70_3" if array else "4242"
     # By the time of the question the checkpoint is there; a cancelled job is not started again.
