@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mics._compat import link_when_saved
+from lightning_mics._compat import link_by, mark_saved
 from lightning_mics.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -24,6 +24,7 @@ from lightning_mics.checkpoint import (
     TrainingRng,
     Verify,
     Writers,
+    atomic,
     load_whole_state_dict,
     optimizer_state_by_name,
 )
@@ -57,6 +58,7 @@ class SavingMixin(_Base):
         self._verify = Verify.parse(verify)
         self._saver: Saver | None = None
         self._rng = TrainingRng()
+        self._still_named: list[Path] = []
 
     @property
     def saver(self) -> Saver:
@@ -96,16 +98,32 @@ class SavingMixin(_Base):
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
-            self.saver.afterwards(Checkpoint(filepath).remove)
+            self.saver.afterwards(partial(self._remove, Path(filepath)))
 
-    def _link_after_saves(self, callbacks: list[Any]) -> None:
-        """`ModelCheckpoint(save_last="link")` moves its link when what it names is there."""
-        if self._async_save:
-            for callback in callbacks:
-                link_when_saved(callback, self._link)
+    def _remove(self, path: Path) -> None:
+        """Lightning deletes before it links: what a link names stays until the link has moved."""
+        if atomic.links_to(path):
+            self._still_named.append(path)
+        else:
+            Checkpoint(path).remove()
 
-    def _link(self, link: Callable[..., None], *args: Any) -> None:
-        self.saver.afterwards(partial(link, *args))
+    def _take_over_links(self, callbacks: list[Any]) -> None:
+        """`ModelCheckpoint(save_last="link")` moves its link in one move, when what it names is there."""
+        for callback in callbacks:
+            link_by(callback, self._link)
+
+    def _link(self, trainer: Any, filepath: str, link: str) -> None:
+        if self.is_global_zero:
+            self.saver.afterwards(partial(self._move_link, Path(filepath), Path(link)))
+        if not self._async_save:
+            self.barrier()
+
+    def _move_link(self, path: Path, link: Path) -> None:
+        if path != link:
+            atomic.link(path, link)
+        waiting, self._still_named = self._still_named, []
+        for former in waiting:
+            self._remove(former)
 
     def _end_saving(self, exception: BaseException | None = None) -> None:
         """Wait for the save under way. If it fails where something else has failed already, that is told with it."""
@@ -156,6 +174,8 @@ class SavingMixin(_Base):
             checkpoint, rest = self._newest_before(path, damaged, load)
         if fits:
             self._rng.interrupt(checkpoint.rng_state())
+            for callback in module.trainer.checkpoint_callbacks:
+                mark_saved(callback, rest["global_step"])
         return rest
 
     def _newest_before(

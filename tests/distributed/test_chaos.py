@@ -1,0 +1,57 @@
+"""A training that is killed, wherever it is, loses no checkpoint and goes on as if it had not been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from benchmarks.chaos import torment
+from lightning_mics.checkpoint import atomic
+from tests.distributed.ranks import run_ranks
+from tests.distributed.toys import Batches, Toy, mics, seeded, trainer
+
+WINDOW = 2
+
+
+def test_killed_six_times(tmp_path: Path) -> None:
+    campaign = torment(6, seed=3, place=tmp_path)
+    assert len(campaign.kills) == 6 and campaign.compared > 0
+    assert (campaign.lost, campaign.mismatches, campaign.left_behind) == ([], [], [])
+
+
+def _fit(folder: Path, steps: int, **options: object) -> None:
+    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1, save_last=True)
+    run = trainer(mics(), callbacks=[saves], enable_checkpointing=True, max_steps=steps, accumulate_grad_batches=WINDOW)
+    run.fit(seeded(Toy), Batches(20), **options)
+
+
+def _not_saved_within_a_window(folder: Path) -> list[str]:
+    _fit(folder, 2)
+    _fit(folder, 3, ckpt_path="last")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_resumed_from_is_not_saved_anew_within_a_window(tmp_path: Path) -> None:
+    """Gradients of the micro-steps before would not be in it."""
+    assert run_ranks(2, _not_saved_within_a_window, tmp_path)[0] == ["last.ckpt", "step=2.ckpt"]
+
+
+def test_a_link_moves_whatever_a_kill_has_left(tmp_path: Path) -> None:
+    old, new, last = (tmp_path / name for name in ("step=2.ckpt", "step=4.ckpt", "last.ckpt"))
+    old.mkdir()
+    new.mkdir()
+    atomic.link(old, last)
+    assert atomic.links_to(old) == [last] and atomic.links_to(new) == []
+    (tmp_path / ".last.ckpt.partial").symlink_to("step=3.ckpt")  # moving, as a kill left it, and to what has gone
+    assert atomic.clean(tmp_path) == [tmp_path / ".last.ckpt.partial"]
+    atomic.link(new, last)
+    assert last.resolve() == new and sorted(tmp_path.iterdir()) == [last, old, new]
+
+
+def test_a_link_takes_the_place_of_a_copy(tmp_path: Path) -> None:
+    new, last = tmp_path / "step=4.ckpt", tmp_path / "last.ckpt"
+    new.mkdir()
+    (last / "within").mkdir(parents=True)
+    atomic.link(new, last)
+    assert last.is_symlink() and sorted(tmp_path.iterdir()) == [last, new]
