@@ -31,7 +31,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.lives import RANKS, STEPS, WINDOW, Blow, Life, Way, main
+from benchmarks.lives import RANKS, SAVE_EVERY, STEPS, WINDOW, Blow, Life, Way, main
 from benchmarks.results import about
 from mics_tools.manifest import NAME as MANIFEST
 from mics_tools.manifest import DamagedCheckpoint, Manifest
@@ -202,7 +202,7 @@ class _Run:
         self._begins = 0
 
     def suffer(self, kills: int) -> None:
-        """So many, and then a life to its end."""
+        """So many, and then a life that sees what the last one has left."""
         while kills:
             blow = _blow(self._chance)
             ended = self._next(blow)
@@ -216,7 +216,8 @@ class _Run:
 
     def _next(self, blow: Blow | None) -> _Ended:
         self._lives += 1
-        ended = _live(Life(self._folder, self._place / f"life-{self._lives}", self._way, blow))
+        steps = STEPS if blow is not None else min(STEPS, self._begins + 2 * SAVE_EVERY)
+        ended = _live(Life(self._folder, self._place / f"life-{self._lives}", self._way, blow, steps))
         self._compare(ended)
         return ended
 

@@ -80,12 +80,14 @@ class Life:
         record: a folder for what the run tells.
         way: how it saves.
         blow: what ends it, if not its last step.
+        steps: optimizer steps in all.
     """
 
     folder: Path | None
     record: Path
     way: Way
     blow: Blow | None
+    steps: int = STEPS
 
 
 def main(life: Life, rank: int) -> None:
@@ -124,7 +126,7 @@ def _train(life: Life, rank: int) -> None:
         strategy=MiCSStrategy(PARTITION_SIZE, async_save=life.way.async_save, writers=life.way.writers),
         accelerator="cpu",
         devices=RANKS,
-        max_steps=STEPS,
+        max_steps=life.steps,
         accumulate_grad_batches=WINDOW,
         callbacks=callbacks,
         enable_checkpointing=life.folder is not None,
