@@ -265,13 +265,13 @@ class _Run:
 
 
 def _blow(chance: random.Random) -> Blow:
-    """A third each: in training, some time after a save began, and at a call to the file system."""
-    when = chance.choice(("batch", "save", "call"))
+    """In training, some time after a save began, or at a call to the file system."""
+    when = chance.choice(("batch", "save", "save", "call", "call"))
     victim = chance.choice((None, *range(RANKS)))
     if when == "batch":
         return Blow(when, chance.randint(1, 12), chance.randrange(RANKS), chance.uniform(0, 0.05), victim)
     if when == "save":
-        return Blow(when, chance.randint(1, 4), 0, chance.uniform(0, 0.06), victim)
+        return Blow(when, chance.randint(1, 4), 0, chance.uniform(0, 0.03), victim)
     if call := chance.choice(("", *_RARE)):
         return Blow("call", chance.randint(1, 4), 0, 0.0, victim, call)
     watcher = chance.randrange(RANKS)  # most calls are rank 0's
