@@ -104,7 +104,8 @@ def measure(world_size: int, partition_size: int, layers: int, *, world_state: b
         pieces = pieces_of(tensors, topology, rank)
         seconds.append(time.perf_counter() - began)
         count += len(pieces)
-        told.append(pickle.dumps(_told(pieces, rank, template)))
+        with metadata.uncollected():
+            told.append(pickle.dumps(_told(pieces, rank, template)))
     whole = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
     del tensors, pieces
     return Scale(
@@ -131,9 +132,9 @@ def _finished(whole: Mapping[str, Any], told: list[bytes], topology: Topology) -
         seconds.append(time.perf_counter() - began)
         return result
 
-    arrived = timed(lambda: [pickle.loads(each) for each in told])
-    index = timed(lambda: metadata.metadata_of(whole, [place for _, places, _ in arrived for place in places]))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, metadata.uncollected():
+        arrived = timed(lambda: [pickle.loads(each) for each in told])
+        index = timed(lambda: metadata.metadata_of(whole, [place for _, places, _ in arrived for place in places]))
         results = [[result for result, _ in places] for _, places, _ in arrived]
         timed(lambda: FileSystemWriter(folder).finish(index, results))
     files = {name: file for mine, _, _ in arrived for name, file in mine.items()}
@@ -170,11 +171,13 @@ def _held_by(rank: int, topology: Topology, shapes: Mapping[str, torch.Size], wo
     group = dist.new_group(list(topology.partition_groups[topology.replica_of(rank)]))
     mesh = DeviceMesh.from_group(group, "cpu")
     of_all = init_device_mesh("cpu", (topology.replicas, p)) if world_state else mesh
-    tensors = {f"model.{name}": _sharded(shape, mesh, rank % p, p) for name, shape in shapes.items()}
+    place, n = ((rank % p) * topology.replicas + rank // p, topology.world_size) if world_state else (rank % p, p)
+    # One tensor for all of its shape: they are only looked at.
+    params = {shape: _sharded(shape, mesh, rank % p, p) for shape in set(shapes.values())}
+    states = {shape: _sharded(shape, of_all, place, n) for shape in set(shapes.values())}
+    tensors = {f"model.{name}": params[shape] for name, shape in shapes.items()}
     for name, shape in shapes.items():
-        n, place = (topology.world_size, (rank % p) * topology.replicas + rank // p) if world_state else (p, rank % p)
-        for what in _STATE:
-            tensors[f"optimizer.0.{name}.{what}"] = _sharded(shape, of_all, place, n)
+        tensors |= {f"optimizer.0.{name}.{what}": states[shape] for what in _STATE}
         tensors[f"optimizer.0.{name}.step"] = torch.zeros(())
     return tensors
 

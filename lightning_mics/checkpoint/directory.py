@@ -90,8 +90,9 @@ class Checkpoint:
         stack: ExitStack,
     ) -> None:
         """On rank 0: what belongs to no rank, then the manifest; checked, and put in place."""
-        index = metadata.metadata_of(snapshot.tensors, [place for _, places, _ in written for place in places])
-        FileSystemWriter(folder).finish(index, [[result for result, _ in places] for _, places, _ in written])
+        with metadata.uncollected():
+            index = metadata.metadata_of(snapshot.tensors, [place for _, places, _ in written for place in places])
+            FileSystemWriter(folder).finish(index, [[result for result, _ in places] for _, places, _ in written])
         (folder / REST).write_bytes(snapshot.rest)
         torch.save(dict(enumerate(rng for _, _, rng in written)), folder / _RNG)
         files = {name: file for mine, _, _ in written for name, file in mine.items()}
