@@ -25,7 +25,7 @@ from itertools import product
 from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -266,7 +266,8 @@ class _Run:
 
 def _blow(chance: random.Random) -> Blow:
     """In training, some time after a save began, or at a call to the file system."""
-    when = chance.choice(("batch", "save", "save", "call", "call"))
+    whens: tuple[Literal["batch", "save", "call"], ...] = ("batch", "save", "save", "call", "call")
+    when = chance.choice(whens)
     victim = chance.choice((None, *range(RANKS)))
     if when == "batch":
         return Blow(when, chance.randint(1, 12), chance.randrange(RANKS), chance.uniform(0, 0.05), victim)

@@ -119,7 +119,9 @@ def measure(world_size: int, partition_size: int, layers: int, *, world_state: b
     )
 
 
-def _finished(whole: Mapping[str, Any], told: list[bytes], topology: Topology) -> tuple[float, ...]:
+def _finished(
+    whole: Mapping[str, Any], told: list[bytes], topology: Topology
+) -> tuple[float, float, float, float, int]:
     """As `Checkpoint` does it on rank 0: seconds to read, index, write, and describe; bytes."""
     gc.collect()
     memory.reset_peak(_CPU)
@@ -141,7 +143,8 @@ def _finished(whole: Mapping[str, Any], told: list[bytes], topology: Topology) -
     tensors = {key: TensorEntry(str(dtype), tuple(size)) for key, (dtype, size) in whole.items()}
     manifest = Manifest(0, 0, "", "all", {}, asdict(topology), files, tensors)
     timed(manifest.to_text)
-    return (*seconds, memory.peak(_CPU) - before)
+    read, indexed, wrote, described = seconds
+    return read, indexed, wrote, described, memory.peak(_CPU) - before
 
 
 def _shapes(layers: int) -> dict[str, torch.Size]:

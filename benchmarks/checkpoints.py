@@ -134,10 +134,8 @@ class _InTrainer:
     def loads(self, path: Path) -> dict[str, Callable[[], object]]:
         """With each value of `verify`."""
         module, optimizers = self.trainer.lightning_module, self.trainer.optimizers
-        return {
-            f'lightning-mics, verify="{how}"': lambda how=how: Checkpoint(path).load(module, optimizers, verify=how)
-            for how in (Verify.AUTO, Verify.FULL, Verify.OFF)
-        }
+        load = partial(Checkpoint(path).load, module, optimizers)
+        return {f'lightning-mics, verify="{how}"': partial(load, verify=how) for how in Verify}
 
 
 class _Plain:
@@ -261,12 +259,14 @@ def main(
         rows = [Row(**row) for row in json.loads((work / "rows.json").read_text())]
     finally:
         shutil.rmtree(work)
-    console = Console(width=120)
+    console = Console(width=150)
     console.print(_saves([row for row in rows if row.what == "save"]))
     console.print(_loads([row for row in rows if row.what == "load"]))
     target = folder / f"{date.today().isoformat()}-checkpoints"
     target.mkdir(parents=True, exist_ok=True)
-    content = {"about": about(repetitions=repetitions, width=width, ranks=_RANKS, partition_size=_PARTITION_SIZE)}
+    content: dict[str, Any] = {
+        "about": about(repetitions=repetitions, width=width, ranks=_RANKS, partition_size=_PARTITION_SIZE)
+    }
     content["rows"] = [asdict(row) for row in rows]
     (target / "checkpoints.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"results in {target}")

@@ -152,8 +152,8 @@ def _tell_commits(record: _Record) -> None:
     """Have this process note what it has committed, once it has, and what it deletes, before it does."""
     write, remove = Checkpoint.write, Checkpoint.remove
 
-    def told_write(self: Checkpoint, snapshot: Snapshot, *args: Any) -> None:
-        write(self, snapshot, *args)
+    def told_write(self: Checkpoint, snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> None:
+        write(self, snapshot, group)
         record.tell("committed", name=self.path.name, step=snapshot.step)
 
     def told_remove(self: Checkpoint) -> None:
@@ -204,7 +204,7 @@ class _Model(pl.LightningModule):
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = nn.functional.mse_loss(self.blocks(batch), batch.cumsum(1).tanh())
-        self._record.tell("loss", number=self.current_epoch * EPOCH + batch_idx, loss=loss.item().hex())
+        self._record.tell("loss", number=self.current_epoch * EPOCH + batch_idx, loss=float(loss).hex())
         return loss
 
     @override
@@ -274,11 +274,11 @@ def _watch_calls(folder: str, called: Callable[[str, str], None]) -> None:
     sys.addaudithook(heard)
     fsync = os.fsync
 
-    def heard_fsync(file: Any) -> None:
-        number = file if isinstance(file, int) else file.fileno()
+    def heard_fsync(fd: Any) -> None:
+        number = fd if isinstance(fd, int) else fd.fileno()
         path = os.readlink(f"/proc/self/fd/{number}")
         if path.startswith(folder + os.sep):
             called("os.fsync", os.path.relpath(path, folder))
-        fsync(file)
+        fsync(fd)
 
     os.fsync = heard_fsync
