@@ -264,10 +264,8 @@ def main(
     console.print(_loads([row for row in rows if row.what == "load"]))
     target = folder / f"{date.today().isoformat()}-checkpoints"
     target.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
-        "about": about(repetitions=repetitions, width=width, ranks=_RANKS, partition_size=_PARTITION_SIZE)
-    }
-    content["rows"] = [asdict(row) for row in rows]
+    options = about(repetitions=repetitions, width=width, ranks=_RANKS, partition_size=_PARTITION_SIZE)
+    content = {"about": options, "rows": [asdict(row) for row in rows]}
     (target / "checkpoints.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"results in {target}")
 
