@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks.chaos import torment
@@ -35,6 +38,29 @@ def _not_saved_within_a_window(folder: Path) -> list[str]:
 def test_what_was_resumed_from_is_not_saved_anew_within_a_window(tmp_path: Path) -> None:
     """Gradients of the micro-steps before would not be in it."""
     assert run_ranks(2, _not_saved_within_a_window, tmp_path)[0] == ["last.ckpt", "step=2.ckpt"]
+
+
+def _led_elsewhere(folder: Path, async_save: bool) -> list[bool]:
+    """At each deletion, whether the link leads to another checkpoint that is there."""
+    seen = []
+
+    def remove(path: Path) -> None:
+        seen.append((folder / "last.ckpt").resolve(strict=True) != path.resolve())
+        removing(path)
+
+    removing = atomic.remove
+    saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_last="link")
+    run = trainer(mics(async_save=async_save), callbacks=[saves], enable_checkpointing=True, max_steps=4)
+    with patch.object(atomic, "remove", remove):
+        run.fit(seeded(Toy), Batches(20))
+    dist.barrier()
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=4.ckpt"]
+    return seen
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_what_the_link_names_goes_after_it_has_moved(tmp_path: Path, async_save: bool) -> None:
+    assert run_ranks(2, _led_elsewhere, tmp_path, async_save)[0] == [True] * 3
 
 
 def test_a_link_moves_whatever_a_kill_has_left(tmp_path: Path) -> None:
