@@ -16,11 +16,11 @@ _TOKENS, _VOCABULARY = 16, 96
 _LEARNING_RATE = 1e-3
 
 
-def build() -> GPT2LMHeadModel:
+def build(width: int = 240) -> GPT2LMHeadModel:
     """The model, fp32 on the CPU, with the same values wherever it is built; no dropout."""
     config = GPT2Config(
         n_layer=9,
-        n_embd=240,
+        n_embd=width,
         n_head=4,
         vocab_size=_VOCABULARY,
         n_positions=_TOKENS,

@@ -79,6 +79,11 @@ class SteppedTrainer:
         self._batches.queue.put(batches)
         self._answer()
 
+    @property
+    def trainer(self) -> Trainer:
+        """Which stands still between turns."""
+        return self._trainer
+
     def close(self) -> None:
         """End the training."""
         self._batches.queue.put(None)

@@ -10,7 +10,6 @@ import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ __all__ = [
     "forget_held_gradients",
     "handlers_before_lightning",
     "in_backward",
-    "link_when_saved",
+    "link_by",
+    "mark_saved",
     "named_files",
     "reduce_held_gradients",
     "reduce_scatter_single",
@@ -166,14 +166,25 @@ def named_files(plan: SavePlan, prefix: str) -> SavePlan:
     return replace(plan, storage_data=filesystem._StoragePrefix(prefix))
 
 
-def link_when_saved(callback: Any, link: Callable[..., None]) -> None:
-    """Have a callback's links made by `link(how, trainer, path, name)`, which decides when to call `how` with the rest.
+def link_by(callback: Any, link: Callable[[Any, str, str], None]) -> None:
+    """Have a callback's links made by `link(trainer, path, link)`.
 
-    ModelCheckpoint links as soon as the strategy has been told to save, by a method with an underscore.
-    Test: tests/checkpoint/test_async.py.
+    ModelCheckpoint makes them in a method with an underscore: as soon as the strategy has been told to save, and by
+    deleting the old link first, so that a process killed then leaves none. Test: tests/distributed/test_chaos.py.
     """
     if hasattr(callback, "_link_checkpoint"):
-        callback._link_checkpoint = partial(link, type(callback)._link_checkpoint)
+        callback._link_checkpoint = link
+
+
+def mark_saved(callback: Any, step: int) -> None:
+    """Let a callback know that it need not save at `step`, from which the run goes on.
+
+    ModelCheckpoint knows by an attribute with an underscore, which it does not restore: resumed at a step at which it
+    saves, it would save anew after the next micro-step, within a window, where gradients are not in the checkpoint.
+    Test: tests/distributed/test_chaos.py.
+    """
+    if hasattr(callback, "_last_global_step_saved"):
+        callback._last_global_step_saved = step
 
 
 def handlers_before_lightning(trainer: Any) -> Mapping[int, Any]:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mics._compat import link_when_saved
+from lightning_mics._compat import link_by, mark_saved
 from lightning_mics.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -31,6 +31,7 @@ from lightning_mics.checkpoint import (
 )
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.topology import Topology
+from mics_tools import atomic
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -59,6 +60,7 @@ class SavingMixin(_Base):
         self._verify = Verify.parse(verify)
         self._saver: Saver | None = None
         self._rng = TrainingRng()
+        self._still_named: list[Path] = []
 
     @property
     def saver(self) -> Saver:
@@ -106,16 +108,32 @@ class SavingMixin(_Base):
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
-            self.saver.afterwards(Checkpoint(filepath).remove)
+            self.saver.afterwards(partial(self._remove, Path(filepath)))
 
-    def _link_after_saves(self, callbacks: list[Any]) -> None:
-        """`ModelCheckpoint(save_last="link")` moves its link when what it names is there."""
-        if self._async_save:
-            for callback in callbacks:
-                link_when_saved(callback, self._link)
+    def _remove(self, path: Path) -> None:
+        """Lightning deletes before it links: what a link names stays until the link has moved."""
+        if atomic.links_to(path):
+            self._still_named.append(path)
+        else:
+            Checkpoint(path).remove()
 
-    def _link(self, link: Callable[..., None], *args: Any) -> None:
-        self.saver.afterwards(partial(link, *args))
+    def _take_over_links(self, callbacks: list[Any]) -> None:
+        """`ModelCheckpoint(save_last="link")` moves its link in one move, when what it names is there."""
+        for callback in callbacks:
+            link_by(callback, self._link)
+
+    def _link(self, trainer: Any, filepath: str, link: str) -> None:
+        if self.is_global_zero:
+            self.saver.afterwards(partial(self._move_link, Path(filepath), Path(link)))
+        if not self._async_save:
+            self.barrier()
+
+    def _move_link(self, path: Path, link: Path) -> None:
+        if path != link:
+            atomic.link(path, link)
+        waiting, self._still_named = self._still_named, []
+        for former in waiting:
+            self._remove(former)
 
     def _end_saving(self, exception: BaseException | None = None) -> None:
         """Wait for the save under way. If it fails where something else has failed already, that is told with it."""
@@ -144,17 +162,22 @@ class SavingMixin(_Base):
         assert self.lightning_module is not None
         where, module = self.broadcast(checkpoint_path), self.lightning_module
         fits = module.trainer.state.fn == "fit"  # the optimizers of a fit outlive it
-        optimizers = self.optimizers if fits else ()
         self.saver.wait()
         self.mics.finish_updates()
         self.mics.release()
         if is_remote(where) or Path(where).is_file():
-            return SingleFile(where).load(module, optimizers, weights_only=weights_only)
-        path = Path(where)
+            rest = SingleFile(where).load(module, self.optimizers if fits else (), weights_only=weights_only)
+        else:
+            rest = self._load_directory(Path(where), module, fits, weights_only)
+        for callback in module.trainer.checkpoint_callbacks if fits else ():
+            mark_saved(callback, rest["global_step"])
+        return rest
+
+    def _load_directory(self, path: Path, module: Any, fits: bool, weights_only: bool | None) -> dict[str, Any]:
         load = partial(
             Checkpoint.load,
             module=module,
-            optimizers=optimizers,
+            optimizers=self.optimizers if fits else (),
             strict=module.strict_loading,
             weights_only=weights_only,
             verify=self._verify,

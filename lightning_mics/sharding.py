@@ -230,10 +230,12 @@ class MiCSModule(nn.Module):
 
     def synchronize_buffers(self) -> None:
         """Give every rank rank 0's persistent buffers, as DDP does. Collective on the default group."""
-        keys = self.module.state_dict().keys()
-        buffers = [b for name, b in self.module.named_buffers() if name in keys and not isinstance(b, DTensor)]
-        if buffers and self.groups.topology.world_size > 1:
-            broadcast_from_rank_zero(buffers)
+        buffers = {name: buffer for name, buffer in self.module.named_buffers() if not isinstance(buffer, DTensor)}
+        if not buffers or self.groups.topology.world_size == 1:
+            return
+        saved = self.module.state_dict().keys()
+        if persistent := [buffer for name, buffer in buffers.items() if name in saved]:
+            broadcast_from_rank_zero(persistent)
 
     def wire_bytes(self, window: int, rung: Rung | None = None) -> WireBytes:
         """What one rank sends in an optimizer step of `window` micro-steps, on `rung` or the current one."""

@@ -274,7 +274,7 @@ class MiCSStrategyMixin(SavingMixin):
                 'optimizer_state="world" needs automatic optimization: under manual optimization nobody tells when a '
                 'window begins, and gradients in the midst of one could not be cleared; choose "partition"'
             )
-        self._link_after_saves(trainer.callbacks)  # type: ignore[attr-defined]
+        self._take_over_links(trainer.callbacks)  # type: ignore[attr-defined]
         super().setup(trainer)
         if fits:
             self._preemption = Preemption.attach(trainer, self._timeout)

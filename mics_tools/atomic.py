@@ -66,9 +66,28 @@ def remove(path: Path) -> None:
     _delete(path)
 
 
+def link(target: Path, path: Path) -> None:
+    """Make `path` a link to `target`, in one move, whatever is there."""
+    new = aside(path)
+    _delete(new)
+    os.symlink(os.path.relpath(target, path.parent), new)
+    if path.is_dir() and not path.is_symlink():
+        _put_in_place(new, path)
+    else:
+        os.replace(new, path)
+    flush(path.parent)
+    _delete(new)  # a directory that stood there before
+
+
+def links_to(path: Path) -> list[Path]:
+    """The links beside `path` that lead to it."""
+    return [other for other in path.parent.glob("*") if other.is_symlink() and other.resolve() == path.resolve()]
+
+
 def left_over(folder: Path) -> list[Path]:
     """What was being written in `folder` when its process went."""
-    return [path for path in sorted(folder.glob(f".*{_PARTIAL}")) if path.is_dir() and not _is_held(path)]
+    found = sorted(folder.glob(f".*{_PARTIAL}"))
+    return [path for path in found if path.is_symlink() or (path.is_dir() and not _is_held(path))]
 
 
 def clean(folder: Path) -> list[Path]:

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from lightning_mics.checkpoint.garbage import uncollected
+
 _T = TypeVar("_T")
 
 
@@ -30,7 +32,8 @@ def gathered(action: Callable[[], _T], failure: str, group: dist.ProcessGroup | 
     """As `together`; rank 0 gets every rank's result, in their order, and the others get none."""
     result = together(action, failure, group)
     results: list[_T] | None = [result] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
-    dist.gather_object(result, results, dst=0, group=group)
+    with uncollected():
+        dist.gather_object(result, results, dst=0, group=group)
     return results or []
 
 

@@ -34,6 +34,7 @@ from lightning_mics.checkpoint.agreement import gathered, together
 from lightning_mics.checkpoint.flat import MODEL, OPTIMIZER, aliases_in, join, parts_of
 from lightning_mics.checkpoint.foreign import REST as FOREIGN_REST
 from lightning_mics.checkpoint.foreign import is_foreign, translated
+from lightning_mics.checkpoint.garbage import uncollected
 from lightning_mics.checkpoint.optimizer import (
     StateByName,
     check_same_parameters,
@@ -94,8 +95,9 @@ class Checkpoint:
         stack: ExitStack,
     ) -> None:
         """On rank 0: what belongs to no rank, then the manifest; checked, and put in place."""
-        index = metadata.metadata_of(snapshot.tensors, [place for _, places, _ in written for place in places])
-        FileSystemWriter(folder).finish(index, [[result for result, _ in places] for _, places, _ in written])
+        with uncollected():
+            index = metadata.metadata_of(snapshot.tensors, [place for _, places, _ in written for place in places])
+            FileSystemWriter(folder).finish(index, [[result for result, _ in places] for _, places, _ in written])
         (folder / REST).write_bytes(snapshot.rest)
         torch.save(dict(enumerate(rng for _, _, rng in written)), folder / _RNG)
         files = {name: file for mine, _, _ in written for name, file in mine.items()}

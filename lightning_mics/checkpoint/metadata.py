@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from lightning_mics.checkpoint.garbage import uncollected
+
 NAME = ".metadata"
 _LIBRARY = "torch.distributed.checkpoint."
 _RECORDS = {
@@ -101,7 +103,7 @@ class Reader(FileSystemReader):
         Raises:
             pickle.UnpicklingError: if it is not one, or asks for something else.
         """
-        with open(Path(self.path) / NAME, "rb") as stream:
+        with open(Path(self.path) / NAME, "rb") as stream, uncollected():
             metadata = _Records(stream).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"{NAME} is a {type(metadata).__name__}, not an index of tensors")

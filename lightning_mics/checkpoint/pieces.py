@@ -88,16 +88,27 @@ def pieces_of(
     return [part for ranks, line in lines.items() if rank in ranks for part in _part_of(line, ranks, rank)]
 
 
+@torch.no_grad()  # or each DTensor would be asked for its part by way of autograd
 def _held(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
     """What this rank holds of each tensor; nothing of those of which it holds nothing."""
-    items: Sequence[Any] = create_default_local_save_plan(dict(tensors), is_coordinator=True).items
     held = {}
-    for item in items:
-        key, tensor = item.index.fqn, tensors[item.index.fqn]
+    offsets: dict[Any, torch.Size] = {}
+    for key, tensor in tensors.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.numel():
-            held[key] = Piece(key, tensor.shape, item.tensor_data.chunk.offsets, local.detach())
+            held[key] = Piece(key, tensor.shape, _offset(tensor, offsets), local.detach())
     return held
+
+
+def _offset(tensor: Tensor, known: dict[Any, torch.Size]) -> torch.Size:
+    """Where in the whole tensor this rank's part begins. The library is asked once for all that are sharded alike."""
+    if not isinstance(tensor, DTensor):
+        return torch.Size([0] * tensor.ndim)
+    alike = tensor.device_mesh, tensor.placements, tensor.shape
+    if alike not in known:
+        items: Sequence[Any] = create_default_local_save_plan({"": tensor}, is_coordinator=True).items
+        known[alike] = items[0].tensor_data.chunk.offsets
+    return known[alike]
 
 
 def _writing(tensor: Tensor, topology: Topology, rank: int, writers: Writers) -> tuple[int, ...]:

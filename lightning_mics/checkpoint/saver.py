@@ -35,6 +35,7 @@ class Saver:
     def __init__(self, topology: Topology, writers: Writers, *, asynchronous: bool) -> None:
         self._topology = topology
         self._writers = writers
+        self.asynchronous = asynchronous
         self._memory = HostMemory() if asynchronous else None
         self._group: dist.ProcessGroup | None = None
         self._thread: ThreadPoolExecutor | None = None
