@@ -277,6 +277,7 @@ class MiCSStrategyMixin(SavingMixin):
         self._take_over_links(trainer.callbacks)  # type: ignore[attr-defined]
         super().setup(trainer)
         if fits:
+            self.saver.prepare()  # now: later a rank that has died would be waited for
             self._preemption = Preemption.attach(trainer, self._timeout)
 
     @override

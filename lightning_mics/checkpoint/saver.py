@@ -65,8 +65,7 @@ class Saver:
             RuntimeError, OSError: on every rank if any rank failed, in this save or in the one before.
         """
         self.wait()
-        if self._group is None:
-            self._group = dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo")
+        self.prepare()
         memory = None if wait else self._memory
         take = partial(Snapshot.take, checkpoint, module, self._topology, rng=rng, writers=self._writers, memory=memory)
         snapshot = together(take, f"cannot save {path}", self._group)
@@ -76,6 +75,11 @@ class Saver:
         self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
         self._path = path
         self._under_way = self._thread.submit(Checkpoint(path).write, snapshot, self._group)
+
+    def prepare(self) -> None:
+        """Make the process group that saves go by, if there is none yet. Collective on the default group."""
+        if self._group is None:
+            self._group = dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo")
 
     def afterwards(self, action: Callable[[], None]) -> None:
         """Run `action` when the save that is under way has committed, or now if there is none."""

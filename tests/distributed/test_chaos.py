@@ -19,9 +19,10 @@ from tests.distributed.toys import Batches, Toy, mics, seeded, trainer
 WINDOW = 2
 
 
-def test_killed_six_times(tmp_path: Path) -> None:
-    campaign = torment(6, seed=3, place=tmp_path)
-    assert len(campaign.kills) == 6 and campaign.compared > 0
+@pytest.mark.slow
+def test_killed_four_times(tmp_path: Path) -> None:
+    campaign = torment(4, seed=3, place=tmp_path)
+    assert len(campaign.kills) == 4 and campaign.compared > 0
     assert (campaign.lost, campaign.mismatches, campaign.left_behind) == ([], [], [])
 
 

@@ -184,10 +184,10 @@ def _saves(folder: Path) -> ModelCheckpoint:
 # -- who hears it ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_after_the_same_step_whoever_got_the_signal(tmp_path: Path) -> None:
     """In the first micro-step of a window of two its question is not asked yet; in the second it is."""
     cases = {
-        "all ranks": (Signals("training_step", 3), 4),
         "rank 0": (Signals("training_step", 3, ranks=(0,)), 4),
         "rank 1": (Signals("training_step", 3, ranks=(1,)), 4),
         "rank 1, too late for that window": (Signals("training_step", 8, ranks=(1,)), 10),
@@ -199,6 +199,7 @@ def test_all_ranks_stop_after_the_same_step_whoever_got_the_signal(tmp_path: Pat
 # -- when it comes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wherever_the_signal_comes_no_step_is_lost(tmp_path: Path) -> None:
     """Validation runs after the fourth batch of each epoch of six, for two batches; the sanity check for one."""
     cases = {
@@ -210,7 +211,6 @@ def test_wherever_the_signal_comes_no_step_is_lost(tmp_path: Path) -> None:
         "an epoch's last window": (Signals("training_step", 5), 6),
         "at an epoch's end": (Signals("on_train_epoch_end", 1, ranks=(1,)), 6),
         "in a save": (Signals("on_save_checkpoint", 2), 10),
-        "the last window of all": (Signals("training_step", 11), 12),
         "after all steps": (Signals("on_train_epoch_end", 2, ranks=(0,)), 12),
     }
     run_ranks(2, _resumes, tmp_path, Stoppable, cases, {})
