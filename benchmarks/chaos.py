@@ -330,7 +330,7 @@ def _stage_of(aside: Path, newest: int) -> str:
     return next((stage for part, stage in reversed(_FILES.items()) if any(part in n for n in names)), "begins")
 
 
-_FILES = {".distcp": "tensors", ".metadata": "the rest", "rng.pt": "the rest", "lightning.pt": "the rest"}
+_FILES = {".distcp": "tensors", ".metadata": "the rest", "ranks.pt": "the rest", "lightning.pt": "the rest"}
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from lightning_mics.checkpoint import (
     load_whole_state_dict,
     optimizer_state_by_name,
 )
+from lightning_mics.checkpoint.agreement import together
+from lightning_mics.checkpoint.flat import loader_states
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.topology import Topology
 from mics_tools import atomic
@@ -189,7 +191,10 @@ class SavingMixin(_Base):
                 raise
             checkpoint, rest = self._newest_before(path, damaged, load)
         if fits:
-            self._rng.interrupt(checkpoint.rng_state())
+            own = together(lambda: checkpoint.of_this_rank(weights_only), f"cannot read {checkpoint.path}")
+            self._rng.interrupt(own.get("rng"))
+            loaders = loader_states(rest)
+            loaders[:] = own.get("loaders", loaders)  # Lightning keeps those of rank 0
             _tell_of_other_ranks(checkpoint, rest, self.topology)
         return rest
 

@@ -5,7 +5,7 @@
     DIR/optimizer-00003-0.distcp         optimizer state that rank 3 wrote
     DIR/.metadata                        where each tensor is, as torch.distributed.checkpoint has it
     DIR/lightning.pt                     what Lightning keeps beside tensors: loops, callbacks, hyperparameters
-    DIR/rng.pt                           random state of every rank
+    DIR/ranks.pt                         what each rank keeps for itself: random state, the place of its loaders
 
 It is written aside, flushed, checked and put in its place in one move, so that a directory of this name is a whole
 checkpoint. Any number of ranks and any partition size reads it, and so does any reader of the library.
@@ -51,7 +51,7 @@ from mics_tools.manifest import NAME as MANIFEST
 from mics_tools.manifest import File, Manifest, TensorEntry, check_kind, file_as_written
 
 REST = "lightning.pt"
-_RNG = "rng.pt"
+_RANKS = "ranks.pt"
 _EXTRA = "_extra_state"  # torch's key for what a module keeps by get_extra_state
 
 
@@ -78,7 +78,7 @@ class Checkpoint:
         with ExitStack() as stack:
             opened = together(lambda: stack.enter_context(self._aside()) if first else None, failure, group)
             folder = opened or atomic.aside(self.path)
-            written = gathered(lambda: (*snapshot.write_pieces(folder), snapshot.rng), failure, group)
+            written = gathered(lambda: (*snapshot.write_pieces(folder), snapshot.own), failure, group)
             together(lambda: self._finish(folder, snapshot, written, stack) if first else None, failure, group)
 
     def _aside(self) -> Any:
@@ -99,9 +99,9 @@ class Checkpoint:
             index = metadata.metadata_of(snapshot.tensors, [place for _, places, _ in written for place in places])
             FileSystemWriter(folder).finish(index, [[result for result, _ in places] for _, places, _ in written])
         (folder / REST).write_bytes(snapshot.rest)
-        torch.save(dict(enumerate(rng for _, _, rng in written)), folder / _RNG)
+        torch.save(dict(enumerate(own for _, _, own in written)), folder / _RANKS)
         files = {name: file for mine, _, _ in written for name, file in mine.items()}
-        files |= {name: file_as_written(folder / name) for name in (metadata.NAME, REST, _RNG)}
+        files |= {name: file_as_written(folder / name) for name in (metadata.NAME, REST, _RANKS)}
         manifest = _manifest(snapshot, files)
         if damage := manifest.damage(folder, contents=False):
             name, reason = next(iter(damage.items()))
@@ -110,7 +110,7 @@ class Checkpoint:
                 'system that all ranks see, or let one group write: writers="group"'
             )
         (folder / MANIFEST).write_text(manifest.to_text())
-        for name in (REST, _RNG, MANIFEST):
+        for name in (REST, _RANKS, MANIFEST):
             atomic.flush(folder / name)
         _warn_if_unsafe(self.path, snapshot.rest)
         stack.close()
@@ -182,13 +182,21 @@ class Checkpoint:
         metadata.read(self.path, index, tensors)
         return join(tensors, rest)
 
-    def rng_state(self) -> dict[str, Any] | None:
-        """This rank's random state at the save; None if fewer ranks saved, or Lightning did, which keeps none."""
+    def of_this_rank(self, weights_only: bool | None = None) -> dict[str, Any]:
+        """What this rank kept for itself at the save: "rng", and "loaders" if as many ranks saved.
+
+        Nothing if fewer ranks saved, or Lightning did, which keeps none.
+
+        Args:
+            weights_only: of `torch.load`. Only False lets it run code.
+        """
         if is_foreign(self.path):
-            return None
-        states: dict[int, bytes] = torch.load(self.path / _RNG, weights_only=True)
-        state = states.get(dist.get_rank())
-        return None if state is None else torch.load(io.BytesIO(state), weights_only=True)
+            return {}
+        states: dict[int, bytes] = load_plain(self.path / _RANKS, self.path / _RANKS, weights_only)
+        if dist.get_rank() not in states:
+            return {}
+        own: dict[str, Any] = load_plain(io.BytesIO(states[dist.get_rank()]), self.path / _RANKS, weights_only)
+        return own if len(states) == dist.get_world_size() else {"rng": own["rng"]}
 
     @property
     def manifest(self) -> Manifest:

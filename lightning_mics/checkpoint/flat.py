@@ -46,6 +46,13 @@ def join(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
+def loader_states(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the training loaders that have state, where Lightning keeps them among its loops; to be changed in place."""
+    loops: Mapping[str, Any] = checkpoint.get("loops", {}).get("fit_loop", {})
+    states: list[dict[str, Any]] = loops.get("state_dict", {}).get("combined_loader", [])
+    return states
+
+
 def parts_of(key: str) -> tuple[int, str, str]:
     """The optimizer's number, the parameter's name and the state's, of a key of optimizer state."""
     number, name_and_field = key.removeprefix(OPTIMIZER).split(".", 1)

@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mics.topology import Topology
 
+_LARGEST = 16 << 20  # bytes of a piece, unless a row is larger: who reads one holds it whole
+
 
 class Writers(StrEnum):
     """Which ranks write a checkpoint."""
@@ -130,8 +132,9 @@ def _part_of(line: Sequence[Piece], ranks: tuple[int, ...], rank: int) -> list[P
         height = rows.shape[0] if ndim else 1
         width = rows.nbytes // height
         first, last = (min(max(-(-(bound - start) // width), 0), height) for bound in (low, high))
-        if first < last:
-            offset = torch.Size((piece.offset[0] + first, *piece.offset[1:])) if ndim else piece.offset
-            parts.append(Piece(piece.key, piece.size, offset, rows[first:last] if ndim else rows))
+        step = max(_LARGEST // width, 1)
+        for row in range(first, last, step):
+            offset = torch.Size((piece.offset[0] + row, *piece.offset[1:])) if ndim else piece.offset
+            parts.append(Piece(piece.key, piece.size, offset, rows[row : min(row + step, last)] if ndim else rows))
         start += rows.nbytes
     return parts

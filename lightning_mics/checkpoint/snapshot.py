@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning_mics._compat import named_files
-from lightning_mics.checkpoint.flat import OPTIMIZER, TIED, split
+from lightning_mics.checkpoint.flat import OPTIMIZER, TIED, loader_states, split
 from lightning_mics.checkpoint.hugging_face import configurations
 from lightning_mics.checkpoint.pieces import Piece, Writers, pieces_of
 from lightning_mics.checkpoint.rng import get_rng_state
@@ -67,7 +67,7 @@ class Snapshot:
         tensors: dtype and shape of every tensor of the checkpoint, by name.
         pieces: this rank's, of the model and of the optimizers.
         rest: what Lightning keeps beside tensors, serialised; of rank 0.
-        rng: this rank's random state, serialised.
+        own: what this rank keeps for itself, serialised: random state, and the place of its loaders.
         topology: of the run.
         writers: which ranks write.
         step: optimizer steps taken.
@@ -81,7 +81,7 @@ class Snapshot:
     tensors: Mapping[str, tuple[torch.dtype, torch.Size]]
     pieces: Mapping[str, list[Piece]]
     rest: bytes
-    rng: bytes
+    own: bytes
     topology: Topology
     writers: Writers
     step: int
@@ -124,7 +124,7 @@ class Snapshot:
             tensors={key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()},
             pieces=pieces,
             rest=_serialised(rest) if dist.get_rank() == 0 else b"",
-            rng=_serialised(rng or get_rng_state()),
+            own=_serialised({"rng": rng or get_rng_state(), "loaders": loader_states(checkpoint)}),
             topology=topology,
             writers=writers,
             step=int(checkpoint.get("global_step", 0)),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lightning_mics.checkpoint import Checkpoint
 from tests.checkpoint.saved import Model, dump, made, save, sharded, trained
@@ -55,6 +56,16 @@ def test_one_replica_is_written_and_shared_among_all_ranks(tmp_path: Path) -> No
         assert len(sizes) == 4 and max(sizes) < 1.1 * min(sizes)
     overhead = 2000 * len(chunks)  # of the serialised tensors' own headers
     assert replica <= sum(file.stat().st_size for file in (tmp_path / "one").glob("*.distcp")) < replica + overhead
+
+
+def test_the_librarys_own_tool_makes_a_file_of_it(tmp_path: Path) -> None:
+    run_ranks(4, _save_wide, tmp_path / "one")
+    dcp_to_torch_save(tmp_path / "one", tmp_path / "file.pt")
+    found, ours = torch.load(tmp_path / "file.pt", weights_only=True), Checkpoint(tmp_path / "one").read()
+    whole = {f"model.{name}": value for name, value in ours["state_dict"].items() if "head" not in name}
+    for name, state in ours["optimizer_states"][0]["state"].items():
+        whole |= {f"optimizer.0.{name}.{field}": value for field, value in state.items()}
+    assert_close(found, whole, "every tensor")
 
 
 def _overwrite(path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_mics.checkpoint import pieces
 from lightning_mics.checkpoint.pieces import Piece, Writers, pieces_of
 from lightning_mics.topology import Topology
 from tests.distributed.ranks import run_ranks
@@ -21,10 +22,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
 SHAPES = st.lists(st.integers(0, 7), max_size=3).map(tuple)
 
 
-def _filled(wholes: dict[str, Tensor], pieces: list[Piece]) -> dict[str, Tensor]:
+def _filled(wholes: dict[str, Tensor], parts: list[Piece]) -> dict[str, Tensor]:
     """How often each value of each tensor is written, where the pieces' values are those of the tensor."""
     counts = {key: torch.zeros(whole.shape, dtype=torch.int64) for key, whole in wholes.items()}
-    for piece in pieces:
+    for piece in parts:
         where = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.rows.shape, strict=True))
         torch.testing.assert_close(piece.rows, wholes[piece.key][where], rtol=0, atol=0)
         assert piece.size == wholes[piece.key].shape
@@ -105,18 +106,26 @@ def _wholes() -> dict[str, Tensor]:
 def test_bytes_per_rank_of_what_is_sharded(p: int, world: bool, writers: Writers) -> None:
     parts = run_ranks(4, _sharded, p, world, writers)
     wholes = _wholes() | {"plain": torch.arange(5.0)}
-    pieces = [
+    told = [
         [Piece(key, wholes[key].shape, torch.Size(offset), torch.tensor(rows)) for key, offset, rows in part]
         for part in parts
     ]
-    assert all((count == 1).all() for count in _filled(wholes, [piece for part in pieces for piece in part]).values())
-    sizes = [sum(piece.rows.nbytes for piece in part) for part in pieces]
+    assert all((count == 1).all() for count in _filled(wholes, [piece for part in told for piece in part]).values())
+    sizes = [sum(piece.rows.nbytes for piece in part) for part in told]
     replica = sum(whole.nbytes for whole in wholes.values())
     assert sum(sizes) == replica
     if writers == Writers.GROUP:
         assert all(sizes[:p]) and not any(sizes[p:])
     else:  # shards of few rows leave some ranks with less, by a row of each tensor at most
         assert max(sizes) <= replica / 4 + sum(map(_row, wholes.values()))
+
+
+def test_a_piece_is_small_enough_to_be_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_LARGEST", 100)
+    tensors = {"wide": torch.arange(7 * 30.0).reshape(7, 30), "long": torch.arange(101.0), "one": torch.tensor(3)}
+    parts = pieces_of(tensors, Topology(1, 1, 1), 0)
+    assert all((count == 1).all() for count in _filled(tensors, parts).values())
+    assert [tuple(piece.rows.shape) for piece in parts] == [(1, 30)] * 7 + [(25,)] * 4 + [(1,), ()]
 
 
 def test_writers_of_another_name_are_refused() -> None:

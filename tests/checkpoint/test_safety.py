@@ -67,7 +67,7 @@ def _plant(path: Path, where: str, flag: Path) -> None:
         _index_in(path, index)
     elif where == "lightning.pt":
         torch.save({"state_dict": {}, "callbacks": plants}, path / where)
-    elif where == "rng.pt":
+    elif where == "ranks.pt":
         torch.save({0: plants}, path / where)
     else:
         place = next(iter(pickle.loads((path / ".metadata").read_bytes()).storage_data.values()))
@@ -82,13 +82,13 @@ def _load(path: Path, everything: bool = True) -> tuple[str, str]:
     module, optimizer = made(steps=0)
     try:
         Checkpoint(path).load(module, [optimizer])
-        Checkpoint(path).rng_state()
+        Checkpoint(path).of_this_rank()
     except Exception as error:
         return type(error).__name__, str(error)
     return "nothing", ""
 
 
-@pytest.mark.parametrize("where", [".metadata", "inside .metadata", "lightning.pt", "rng.pt", "a tensor's bytes"])
+@pytest.mark.parametrize("where", [".metadata", "inside .metadata", "lightning.pt", "ranks.pt", "a tensor's bytes"])
 def test_a_hostile_checkpoint_runs_nothing(hostile: Path, tmp_path: Path, where: str) -> None:
     flag = tmp_path / "planted"
     _plant(hostile, where, flag)

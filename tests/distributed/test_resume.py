@@ -59,6 +59,26 @@ def _run(module: Toy, data: Any, strategy: Any = None, ckpt_path: Any = None, va
     return run
 
 
+class OwnOrder(Batches):
+    """Batches in an order that a rank draws for itself, and that it alone knows."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        super().__init__(count)
+        generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+        self.order = torch.randperm(count, generator=generator).tolist()
+
+    def __iter__(self) -> Any:
+        for _, index in zip(super().__iter__(), self.order[self.given % self.count :], strict=False):
+            yield batch_of(index, dist.get_rank())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "order": self.order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.order = state["order"]
+
+
 class Scheduled(Toy):
     """Its learning rate falls with every step."""
 
@@ -105,6 +125,13 @@ def _mid_epoch(path: Path) -> None:
     _resumed_from(path / "validated" / "step4.ckpt", whole, Batches(10), "a validation after the save", **validated)
 
 
+def _own_orders(path: Path) -> None:
+    whole = _dropping()
+    _differs_by_rank()
+    _run(whole, OwnOrder(10, seed=1), callbacks=[Saves(path, 3)], max_epochs=1)
+    _resumed_from(path / "step3.ckpt", whole, OwnOrder(10, seed=2), "each rank in its own order", max_epochs=1)
+
+
 def _epoch_end(path: Path) -> None:
     """Loaders draw from the global generator when they start over, and dropout draws from it too."""
     for when in ("train", "validation"):
@@ -120,6 +147,10 @@ def _epoch_end(path: Path) -> None:
 
 def test_resume_in_mid_epoch_with_dropout_is_exact(tmp_path: Path) -> None:
     run_ranks(4, _mid_epoch, tmp_path)
+
+
+def test_a_loader_goes_on_in_the_order_of_its_own_rank(tmp_path: Path) -> None:
+    run_ranks(4, _own_orders, tmp_path)
 
 
 def test_resume_at_the_epochs_end_with_dropout_and_shuffling_is_exact(tmp_path: Path) -> None:
