@@ -20,9 +20,9 @@ WINDOW = 2
 
 
 @pytest.mark.slow
-def test_killed_four_times(tmp_path: Path) -> None:
-    campaign = torment(4, seed=3, place=tmp_path)
-    assert len(campaign.kills) == 4 and campaign.compared > 0
+def test_killed_twice(tmp_path: Path) -> None:
+    campaign = torment(2, seed=3, place=tmp_path)
+    assert len(campaign.kills) == 2 and campaign.compared > 0
     assert (campaign.lost, campaign.mismatches, campaign.left_behind) == ([], [], [])
 
 

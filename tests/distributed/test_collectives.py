@@ -44,7 +44,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_wire import ONE_TIER, TWO_TIERS
 
 SHAPES = [(nodes, per_node) for nodes in (1, 2, 3) for per_node in (1, 2, 3)]
-EXAMPLES = 120
+EXAMPLES = 80
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
