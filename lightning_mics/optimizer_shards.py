@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from lightning_mics.channels import Transfer
+from lightning_mics.choice import Choice
 from lightning_mics.comms import padded_numel
 from lightning_mics.groups import Groups
 from lightning_mics.wire import Traffic
@@ -31,24 +31,13 @@ from lightning_mics.wire import Traffic
 _WHOLE = "_mics_parameter"
 
 
-class OptimizerState(StrEnum):
+class OptimizerState(Choice):
     """Over which ranks optimizer state is sharded."""
 
     PARTITION = "partition"
     """Over the p ranks of the partition group, as parameters are."""
     WORLD = "world"
     """Over all n ranks."""
-
-    @classmethod
-    def parse(cls, name: OptimizerState | str) -> OptimizerState:
-        """The one that a user named.
-
-        Raises:
-            ValueError: if there is none of that name.
-        """
-        if name not in list(cls):
-            raise ValueError(f"optimizer_state={name!r} is not understood; choose one of {', '.join(cls)}")
-        return cls(name)
 
 
 class OptimizerShards:

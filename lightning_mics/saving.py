@@ -58,8 +58,8 @@ class SavingMixin(_Base):
         if not isinstance(async_save, bool):
             raise TypeError(f"async_save={async_save!r} must be True or False")
         self._async_save = async_save
-        self._writers = Writers.parse(writers)
-        self._verify = Verify.parse(verify)
+        self._writers = Writers.parse(writers, "writers")
+        self._verify = Verify.parse(verify, "verify")
         self._saver: Saver | None = None
         self._rng = TrainingRng()
         self._still_named: list[Path] = []

@@ -155,7 +155,7 @@ class MiCSStrategyMixin(SavingMixin):
         self._precision = Precision(param_dtype, reduce_dtype, between_nodes)
         self._rung = rung if rung == AUTO else Rung.parse(rung)
         self._memory_budget = Budget(memory_budget).amount
-        self._optimizer_state = OptimizerState.parse(optimizer_state)
+        self._optimizer_state = OptimizerState.parse(optimizer_state, "optimizer_state")
         self._hooks_may_read = False
         self._network = Network.load(network) if isinstance(network, str | Path) else network
         self._process_group_backend = process_group_backend

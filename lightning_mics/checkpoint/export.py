@@ -59,7 +59,7 @@ def export_hugging_face(
         FileExistsError: if something is at `folder`, other than an empty directory.
     """
     directory, folder = Path(directory), Path(folder)
-    most, verify = in_bytes(max_shard_size), Verify.parse(verify)
+    most, verify = in_bytes(max_shard_size), Verify.parse(verify, "verify")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r} is not understood; choose one of {', '.join(filter(None, _DTYPES))}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

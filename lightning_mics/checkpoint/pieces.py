@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -18,29 +17,19 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from lightning_mics.choice import Choice
 from lightning_mics.topology import Topology
 
 _LARGEST = 16 << 20  # bytes of a piece, unless a row is larger: who reads one holds it whole
 
 
-class Writers(StrEnum):
+class Writers(Choice):
     """Which ranks write a checkpoint."""
 
     ALL = "all"
     """All ranks share the writing, on a file system that all of them see."""
     GROUP = "group"
     """The first partition group alone, so that its node has a complete checkpoint on a disk of its own."""
-
-    @classmethod
-    def parse(cls, name: Writers | str) -> Writers:
-        """The one that a user named.
-
-        Raises:
-            ValueError: if there is none of that name.
-        """
-        if name not in list(cls):
-            raise ValueError(f"writers={name!r} is not understood; choose one of {', '.join(cls)}")
-        return cls(name)
 
 
 @dataclass(frozen=True)

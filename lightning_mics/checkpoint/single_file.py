@@ -61,7 +61,7 @@ def consolidate(
     file = Path(file)
     if file.is_dir():
         raise IsADirectoryError(f"file={str(file)!r} is a directory; name a file, as {str(file / 'whole.ckpt')!r}")
-    checkpoint = Checkpoint(directory).read(weights_only, verify=Verify.parse(verify))
+    checkpoint = Checkpoint(directory).read(weights_only, verify=Verify.parse(verify, "verify"))
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = [number_parameters(state) for state in checkpoint["optimizer_states"]]
     file.parent.mkdir(parents=True, exist_ok=True)

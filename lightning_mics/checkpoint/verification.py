@@ -6,19 +6,19 @@ Each file is read once: ranks share the reading where they see the same files, a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
 
 import torch.distributed as dist
 
 from lightning_mics.checkpoint.flat import OPTIMIZER
 from lightning_mics.checkpoint.pieces import Writers
+from lightning_mics.choice import Choice
 from mics_tools.manifest import DamagedCheckpoint, Manifest
 
 _OPTIMIZER_FILES = OPTIMIZER.removesuffix(".") + "-"
 
 
-class Verify(StrEnum):
+class Verify(Choice):
     """How much of a checkpoint is compared with its manifest before it is loaded."""
 
     AUTO = "auto"
@@ -27,17 +27,6 @@ class Verify(StrEnum):
     """Sizes and checksums of all files."""
     OFF = "off"
     """Nothing: the disk is trusted."""
-
-    @classmethod
-    def parse(cls, name: Verify | str) -> Verify:
-        """The one that a user named.
-
-        Raises:
-            ValueError: if there is none of that name.
-        """
-        if name not in list(cls):
-            raise ValueError(f"verify={name!r} is not understood; choose one of {', '.join(cls)}")
-        return cls(name)
 
 
 def verify_together(folder: Path, manifest: Manifest, how: Verify, *, optimizers: bool) -> None:

@@ -130,4 +130,4 @@ def test_a_piece_is_small_enough_to_be_read_whole(monkeypatch: pytest.MonkeyPatc
 
 def test_writers_of_another_name_are_refused() -> None:
     with pytest.raises(ValueError, match="writers='some' is not understood; choose one of all, group"):
-        Writers.parse("some")
+        Writers.parse("some", "writers")
