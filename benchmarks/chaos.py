@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -143,7 +144,7 @@ def _live(life: Life) -> _Ended:
     for rank in killed_after:
         os.kill(ranks[rank].pid or 0, signal.SIGUSR1)  # it writes where it stands
     wait([ranks[rank].sentinel for rank in killed_after], 1.0)
-    stood = {rank: (life.record / f"said-{rank}.txt").read_text() for rank in killed_after}
+    stood = {rank: _FOLDERS.sub("", (life.record / f"said-{rank}.txt").read_text()) for rank in killed_after}
     for rank in killed_after:
         ranks[rank].kill()
     for process in ranks:
@@ -330,6 +331,7 @@ def _stage_of(aside: Path, newest: int) -> str:
     return next((stage for part, stage in reversed(_FILES.items()) if any(part in n for n in names)), "begins")
 
 
+_FOLDERS = re.compile(r"(?<![\w.])/[\w./-]*/")  # of this machine, in what a rank has said
 _FILES = {".distcp": "tensors", ".metadata": "the rest", "ranks.pt": "the rest", "lightning.pt": "the rest"}
 
 
