@@ -184,8 +184,9 @@ class SavingMixin(_Base):
             weights_only=weights_only,
             verify=self._verify,
         )
+        checkpoint = Checkpoint(path)
         try:
-            checkpoint, rest = Checkpoint(path), load(Checkpoint(path))
+            rest = load(checkpoint)
         except DamagedCheckpoint as damaged:
             if not path.stem.startswith(_LAST):
                 raise

@@ -25,6 +25,7 @@ import tokenizers
 from filelock import FileLock
 from tokenizers import Tokenizer
 
+from mics_tools.atomic import flush
 from recipes.data.corpus import Corpus, Fingerprint, Split, fingerprint, split_documents
 from recipes.data.tokenizer import SpecialToken, load_tokenizer, train_tokenizer
 
@@ -143,7 +144,7 @@ def prepare(corpus: Corpus, *, vocab_size: int, val_fraction: float, cache_dir: 
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        _sync(cache_dir)
+        flush(cache_dir)
     store = TokenStore.find(folder)
     assert store is not None, f"{folder} was written and cannot be read"
     return store
@@ -196,7 +197,7 @@ def _write_store(folder: Path, corpus: Corpus, contents: Fingerprint, *, vocab_s
     )
     _write_description(store)
     for file in (*folder.iterdir(), folder):
-        _sync(file)
+        flush(file)
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -234,11 +235,3 @@ def _batches(pieces: Iterator[tuple[Split, str, bool]]) -> Iterator[list[tuple[S
             batch, length = [], 0
     if batch:
         yield batch
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
