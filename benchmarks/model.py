@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.bound import ModelSize
+from lightning_mics.planner.plan import Workload
 
 _TOKENS, _VOCABULARY = 16, 96
 _LEARNING_RATE = 1e-3
@@ -36,6 +37,11 @@ def build(width: int = 240) -> GPT2LMHeadModel:
         model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"
     return model
+
+
+def workload() -> Workload:
+    """The same for the planner and the probe; batches are int64 of shape (samples, 16)."""
+    return Workload(build(), lambda size: torch.zeros(size, _TOKENS, dtype=torch.long), loss_of)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

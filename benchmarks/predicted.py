@@ -63,8 +63,8 @@ class Part(NamedTuple):
 _GRID = (
     Part("200 Mb/s", "2x2", (1, 4), 1, _FEW),
     Part("200 Mb/s", "3x2", (1, 4), 1, _FEW),
-    Part("1 Gb/s", "2x2", (1, 4), 2, _FEW),
-    Part("unshaped", "2x2", (4,), 3, _PEERS),
+    Part("1 Gb/s", "2x2", (1, 4), 3, _FEW),
+    Part("unshaped", "2x2", (4,), 5, _PEERS),
 )
 _QUICK = (Part("1 Gb/s", "2x2", (4,), 3, _FEW),)
 
@@ -190,7 +190,8 @@ def main(
         here, (nodes, ranks) = Link.parse(part.link), parse_shape(part.shape)
         told, probe = about(**part._asdict()), _probed(here, nodes, ranks)
         sizes, names = sizes_of(nodes, ranks, None), chosen(part.peers)
-        done, rows = measured(Plan(str(here), nodes, ranks, sizes, [*part.windows], names, part.repetitions), here)
+        plan = Plan(str(here), nodes, ranks, sizes, [*part.windows], names, part.repetitions, apart=True)
+        done, rows = measured(plan, here)
         complete = complete and done
         content["cases"].append({"about": told, "probe": probe, "rows": [asdict(row) for row in rows]})
         save(content, target)
@@ -205,7 +206,8 @@ def _probed(link: Link, nodes: int, ranks_per_node: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place, VirtualCluster(nodes, ranks_per_node, link) as cluster:
         file = Path(place, "network.json")
         with console.status(f"{nodes}x{ranks_per_node} on {link}, probe"):
-            cluster.torchrun("-m", "lightning_mics", "probe", "--device", "cpu", "--output", str(file))
+            what = "--device", "cpu", "--model", "benchmarks.model:workload", "--output", str(file)
+            cluster.torchrun("-m", "lightning_mics", "probe", *what)
         content: dict[str, Any] = json.loads(file.read_text())
         return content
 

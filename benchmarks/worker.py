@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +49,7 @@ class Plan:
         peers: names.
         repetitions: optimizer steps that count, after one that does not.
         memory: whether to measure memory instead of time.
+        apart: whether one peer is alive at a time, as in a training, instead of taking turns with all others.
     """
 
     link: str
@@ -59,6 +60,7 @@ class Plan:
     peers: list[str]
     repetitions: int
     memory: bool = False
+    apart: bool = False
 
     def variants(self) -> list[tuple[str, Topology]]:
         """The names of all peers with the topologies on which each is one of its own."""
@@ -112,6 +114,21 @@ def time_case(plan: Plan, window: int) -> list[Row]:
         peer.close()
     check_losses(rows)
     return rows
+
+
+def time_case_apart(plan: Plan, window: int) -> list[Row]:
+    """The peers, one alive at a time, each with all of its steps."""
+    rows = [_time_apart(plan, name, topology, window) for name, topology in plan.variants()]
+    check_losses(rows)
+    return rows
+
+
+def _time_apart(plan: Plan, name: str, topology: Topology, window: int) -> Row:
+    row, peer = plan.row(name, topology, window), PEERS[name].make(topology, window)
+    for step in range(1 + plan.repetitions):
+        _one_step(plan, row, peer, step)
+    peer.close()
+    return row
 
 
 def _one_step(plan: Plan, row: Row, peer: Peer, step: int) -> None:
@@ -172,6 +189,12 @@ def _trim() -> None:
 # -- the process -------------------------------------------------------------------------------------------------------
 
 
+def _how(plan: Plan) -> Callable[[Plan, int], list[Row]]:
+    if plan.memory:
+        return weigh_case
+    return time_case_apart if plan.apart else time_case
+
+
 def main(plan_file: str, rows_file: str) -> None:
     """Measure the plan; rank 0 appends a line of JSON a row, case by case."""
     torch.set_num_threads(1)
@@ -182,7 +205,7 @@ def main(plan_file: str, rows_file: str) -> None:
         weigh_case(plan, plan.windows[0])  # what a process loads once is no peer's
     for window in plan.windows:
         with quiet():
-            rows = (weigh_case if plan.memory else time_case)(plan, window)
+            rows = _how(plan)(plan, window)
         gc.collect()
         if dist.get_rank() == 0:
             with Path(rows_file).open("a") as file:

@@ -25,11 +25,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_mics._compat import FakeTensor, train_loader
 from lightning_mics.ladder import Rung
 from lightning_mics.network import Network
+from lightning_mics.planner.block_call import BlockCall
 from lightning_mics.planner.hardware import Cluster
-from lightning_mics.planner.measured import measure
+from lightning_mics.planner.measured import busy, measure
+from lightning_mics.planner.measured_host import measure_hosts
 from lightning_mics.planner.plan import Planner, Workload
 
 _BATCH_SIZE = "batch_size"
+_STEPS = 3  # of each sample of what collectives cost
 _INSTEAD = 'choose partition_size="node" or a number, and no micro_batch'
 
 
@@ -93,15 +96,11 @@ def decide(
         ValueError: on all ranks alike, with the reason for which rank 0 could not plan.
     """
     told: list[Decision | str | None] = [None]
-    with isolate_rng():
-        at_hand = measure(device, ranks_per_node)
-    network = network or Network.default(ranks_per_node, device.type)
-    cluster = Cluster.from_probe(network, at_hand, nodes, ranks_per_node)
-    if device.type == "cpu":
-        cluster = replace(cluster, backend="gloo")
+    question = Question.of(trainer, workload, asked, computing)
+    cluster = _cluster_at_hand(question, device, nodes, ranks_per_node, network)
     if dist.get_rank() == 0:
         try:
-            told[0] = _decided(trainer, workload, asked, cluster, computing)
+            told[0] = question.answer(trainer, cluster)
         except Exception as error:  # the others wait for it
             told[0] = f"{error}"
             if not isinstance(error, ValueError):
@@ -119,13 +118,81 @@ def apply_batch(trainer: Any, decision: Decision) -> None:
     trainer.accumulate_grad_batches = decision.window
 
 
-def _decided(
-    trainer: Any,
-    workload: Workload,
-    asked: Asked,
-    cluster: Cluster,
-    computing: Callable[[], AbstractContextManager[Any]],
-) -> Decision:
+@dataclass(frozen=True)
+class Question:
+    """What is to be planned.
+
+    Attributes:
+        asked: what is given.
+        size: samples of a micro-batch of the data.
+        workload: the LightningModule's shapes and its training step; or the error for which there is none.
+    """
+
+    asked: Asked
+    size: int
+    workload: Workload | Exception
+
+    @classmethod
+    def of(
+        cls, trainer: Any, workload: Workload, asked: Asked, computing: Callable[[], AbstractContextManager[Any]]
+    ) -> Question:
+        """That of a fit which begins. Raises nothing, as the other ranks go on."""
+        try:
+            with isolate_rng():
+                example = _checked_example(trainer, asked)
+                module = _shapes(trainer.lightning_module, trainer)
+        except Exception as error:
+            return cls(asked, 0, error)
+        own = replace(workload, module=module, batch=example.batch, step=_training_step(computing))
+        return cls(asked, example.size, own)
+
+    def block(self, device: torch.device) -> BlockCall | None:
+        """One that can be timed on `device`; None if none can, by itself. Collective on the default group."""
+        made: BlockCall | None = None
+        try:
+            if isinstance(work := self.workload, Workload):
+                made = BlockCall.of(work.module, work.batch(self.size), work.step, device, work.blocks, work.precision)
+        except (
+            Exception
+        ):  # a tiny one is timed instead, and what is wrong with the training step is told by planning it
+            made = None
+        everywhere = torch.tensor(made is not None, dtype=torch.int32, device=device)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        return made if everywhere.item() else None
+
+    def answer(self, trainer: Any, cluster: Cluster) -> Decision:
+        """Plan it.
+
+        Raises:
+            Exception: that for which there is no workload, or what planning it raises.
+        """
+        if isinstance(self.workload, Exception):
+            raise self.workload
+        planner = Planner(self.workload, cluster, memory_budget=self.asked.memory_budget)
+        window = trainer.accumulate_grad_batches
+        of_step: dict[str, int] = {"micro_batch": self.size, "window": window}
+        if self.asked.changes_batch:
+            of_step = {"global_batch": self.size * window * cluster.devices}
+        plan = planner.plan(partition_size=self.asked.partition_size, rung=self.asked.rung, **of_step)
+        best = plan.best
+        return Decision(best.partition_size, best.micro_batch, best.window, tuple(plan.lines()))
+
+
+def _cluster_at_hand(
+    question: Question, device: torch.device, nodes: int, ranks_per_node: int, network: Network | None
+) -> Cluster:
+    """What the ranks measure together. Collective on the default group."""
+    network = network or Network.default(ranks_per_node, device.type)
+    with isolate_rng():
+        at_hand = measure(device, ranks_per_node, question.block(device))
+        cluster = Cluster.from_probe(network, at_hand, nodes, ranks_per_node)
+        if device.type != "cpu":
+            return cluster
+        hosts = measure_hosts(ranks_per_node, busy(), ("mics",), _STEPS)
+    return replace(cluster, backend="gloo", hosts=hosts)
+
+
+def _checked_example(trainer: Any, asked: Asked) -> Example:
     module = trainer.lightning_module
     if not module.automatic_optimization:
         raise ValueError(f"a training step that optimizes by itself cannot be planned; {_INSTEAD}")
@@ -134,20 +201,7 @@ def _decided(
             'micro_batch="auto" sets `batch_size` of the LightningModule or the LightningDataModule, and neither has '
             "it; read it in train_dataloader(), or leave micro_batch out"
         )
-    with isolate_rng():
-        example = Example.of(trainer)
-    window = trainer.accumulate_grad_batches
-    planner = Planner(
-        replace(workload, module=_shapes(module, trainer), batch=example.batch, step=_training_step(computing)),
-        cluster,
-        memory_budget=asked.memory_budget,
-    )
-    of_step: dict[str, int] = {"micro_batch": example.size, "window": window}
-    if asked.changes_batch:
-        of_step = {"global_batch": example.size * window * cluster.devices}
-    plan = planner.plan(partition_size=asked.partition_size, rung=asked.rung, **of_step)
-    best = plan.best
-    return Decision(best.partition_size, best.micro_batch, best.window, tuple(plan.lines()))
+    return Example.of(trainer)
 
 
 @dataclass(frozen=True)

@@ -104,22 +104,7 @@ def _of_factory(arguments: Arguments, cluster: Cluster) -> Workload:
     assert arguments.model is not None
     if arguments.overrides:
         raise ValueError(f"{', '.join(arguments.overrides)}: model={arguments.model} has no configuration to override")
-    made = _called(arguments.model)
-    if isinstance(made, nn.Module):
-        if arguments.seq_len is None:
-            raise ValueError(
-                f"seq_len is missing: how many tokens a sample of {arguments.model} has; give it, or let the factory "
-                "return a lightning_mics.planner.plan.Workload, which makes its own batches"
-            )
-        made = Workload(
-            made, token_batches(arguments.seq_len), precision=Precision.of_trainer(_default_precision(cluster))
-        )
-    elif not isinstance(made, Workload):
-        raise ValueError(
-            f"model={arguments.model} returned a {type(made).__name__}; it must be an nn.Module or a Workload"
-        )
-    elif arguments.seq_len is not None:
-        raise ValueError(f"seq_len={arguments.seq_len}: the workload of {arguments.model} makes its own batches")
+    made = of_factory(arguments.model, arguments.seq_len, _default_precision(cluster))
     given = {
         "precision": None if arguments.precision is None else Precision.of_trainer(arguments.precision),
         "activation_checkpointing": arguments.checkpointing,
@@ -127,6 +112,34 @@ def _of_factory(arguments: Arguments, cluster: Cluster) -> Workload:
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(made, **changes)
+
+
+def of_factory(model: str, seq_len: int | None, precision: str) -> Workload:
+    """The workload of `package.module:factory`, looked for in the folder where the command was started, too.
+
+    Args:
+        model: what it calls with the meta device as default.
+        seq_len: tokens of a sample, where the factory returns a module.
+        precision: likewise, as the Trainer's.
+
+    Raises:
+        ValueError: if it returns neither module nor workload, or `seq_len` is missing or one too many.
+        ImportError: if there is no such module.
+    """
+    with _importable(Path.cwd()):
+        made = _called(model)
+    if isinstance(made, nn.Module):
+        if seq_len is None:
+            raise ValueError(
+                f"seq_len is missing: how many tokens a sample of {model} has; give it, or let the factory "
+                "return a lightning_mics.planner.plan.Workload, which makes its own batches"
+            )
+        return Workload(made, token_batches(seq_len), precision=Precision.of_trainer(precision))
+    if not isinstance(made, Workload):
+        raise ValueError(f"model={model} returned a {type(made).__name__}; it must be an nn.Module or a Workload")
+    if seq_len is not None:
+        raise ValueError(f"seq_len={seq_len}: the workload of {model} makes its own batches")
+    return made
 
 
 def _called(model: str) -> Any:

@@ -80,14 +80,19 @@ def probe(
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("network.json"),
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default an accelerator if there is one.")] = None,
     ranks_per_node: Annotated[int | None, typer.Option(help="By default as torchrun or SLURM tell.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="package.module:factory, a block of which is timed instead of a tiny one.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sample, if the factory returns a module.")] = None,
 ) -> None:
-    """Measure the network inside nodes and between them, and write it to a file.
+    """Measure the network inside nodes and between them, and the devices, and write it to a file.
 
-    The strategy reads it: MiCSStrategy(network="network.json").
+    The strategy reads it: MiCSStrategy(network="network.json"); so does mics plan cluster=network.json.
     """
-    from lightning_mics.probe_command import run
+    with _impossible_said():
+        from lightning_mics.probe_command import run
 
-    run(output, device, ranks_per_node)
+        run(output, device, ranks_per_node, model, seq_len)
 
 
 @app.command()

@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_mics._compat import (
-    FakeTensor,
     FakeTensorMode,
-    TorchDispatchMode,
     tree_flatten,
     tree_unflatten,
-    unset_fake_temporarily,
 )
 from lightning_mics.blocks import Block, BlockChoice, find_blocks, parameters_at, slots_by_owner
 from lightning_mics.ladder import Phase
 from lightning_mics.planner.compute import Operator
+from lightning_mics.planner.fakes import Integers, as_input, fakes_of, run_on
 from lightning_mics.planner.meter import Live, Meter, Recorded
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import checkpoint_activations
@@ -205,26 +203,21 @@ class _Run:
             yield
 
     def micro_step(self, batch: Any, step: Step, fuses: bool) -> list[Recorded]:
-        root = _Micro(self._module)
         with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
-            swapped: dict[str, Tensor] = {}
-            for name, param in root.named_parameters():
-                dtype = self._precision.travels(param.dtype)
-                fake = torch.empty(param.shape, dtype=dtype, requires_grad=param.requires_grad)
+            fakes = fakes_of(self._module, self._precision)
+            for name, param in self._module.named_parameters():
+                self._fakes[id(param)] = fake = fakes[name]
                 if param.requires_grad:
                     fake.register_post_accumulate_grad_hook(self._meter.is_gradient)
-                self._fakes[id(param)] = swapped[name] = fake
-            for name, buffer in root.named_buffers():
-                swapped[name] = _as_input(buffer)
             leaves, spec = tree_flatten(batch)
-            inputs = [_as_input(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            inputs = [as_input(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self._meter.begin(Phase.FORWARD, None, inputs)
-            stack.enter_context(_Integers())
+            stack.enter_context(Integers())
             stack.enter_context(self._meter)
             if fuses:
                 stack.enter_context(_Fused())
             fake_batch = tree_unflatten(inputs, spec)
-            torch.func.functional_call(root, swapped, (lambda module: step(module, fake_batch), self._backward))
+            run_on(fakes, self._module, lambda module: self._backward(step(module, fake_batch)))
             recorded = self._meter.finish()
         return recorded
 
@@ -372,17 +365,6 @@ def _differentiable(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-class _Micro(nn.Module):
-    """Forward and backward as one call, so that a block's forward that runs again in backward finds the same values."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, loss: Callable[[nn.Module], Tensor], backward: Callable[[Tensor], None]) -> None:
-        backward(loss(self.module))
-
-
 @contextmanager
 def _restored(owner: Any, name: str) -> Iterator[None]:
     """Put an instance's attribute back as it was, or was not, there."""
@@ -393,40 +375,6 @@ def _restored(owner: Any, name: str) -> Iterator[None]:
         vars(owner).pop(name, None)
         if before is not None:
             vars(owner)[name] = before
-
-
-def _as_input(tensor: Tensor) -> Tensor:
-    """A fake tensor of the same shape and dtype; integers that have values keep them, see `_Integers`."""
-    if _is_integral(tensor) and not tensor.is_meta:
-        with unset_fake_temporarily():
-            return tensor.detach().cpu().clone()
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
-
-
-def _is_integral(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
-
-
-class _Integers(TorchDispatchMode):
-    """Integers and truth values have values even where all else is fake.
-
-    Models look at them: a mask that hides nothing is not made, and attention keeps none of it then.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        if any(isinstance(tensor, FakeTensor) or not _is_integral(tensor) for tensor in tensors):
-            return func(*args, **kwargs)
-        if not tensors and not _all_integral(func(*args, **kwargs)):
-            return func(*args, **kwargs)
-        with unset_fake_temporarily():
-            result = func(*args, **kwargs)
-        return result if _all_integral(result) else func(*args, **kwargs)
-
-
-def _all_integral(result: Any) -> bool:
-    return all(_is_integral(leaf) for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor))
 
 
 class _Fused(TorchFunctionMode):

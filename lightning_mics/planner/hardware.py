@@ -10,11 +10,12 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from lightning_mics import network
+from lightning_mics.planner.host import Host
 
 FILE = Path(__file__).with_name("hardware.toml")
 DTYPES = ("fp32", "tf32", "fp16", "bf16")
@@ -139,6 +140,8 @@ class Cluster:
         channels: processors of each device that a collective keeps while it is under way.
         messages: inside a node, the backend's own, where this package goes another way (by memory, on CPU). Carrying
             them is the cores' work, so that costs count it of messages between nodes as well, and the sums' too.
+        hosts: by engine, what its collectives cost the processors that compute; what nobody measured is told by
+            `messages` and the device's memory. See `measured_host`.
 
     Raises:
         ValueError: for fewer than two tiers, an unknown backend, or channels that are negative or not finite.
@@ -153,6 +156,7 @@ class Cluster:
     title: str = ""
     channels: float = 0
     messages: Tier | None = None
+    hosts: Mapping[str, Host] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.channels) and self.channels >= 0):
@@ -212,7 +216,8 @@ class Cluster:
         # What a rank had while all of its node sent is its share of the port.
         inter = _measured_tier("inter-node", nodes, probe.inter, per_node)
         messages = _measured_tier("messages", per_node, probe.messages) if probe.messages is not None else None
-        return cls(probe.source, device, (intra, inter), told.get("backend", "nccl"), messages=messages)
+        hosts = _measured_hosts(told.get("hosts", {}))
+        return cls(probe.source, device, (intra, inter), told.get("backend", "nccl"), messages=messages, hosts=hosts)
 
     def with_nodes(self, nodes: int) -> Self:
         """The same with another number of nodes, all of them in the outermost tier.
@@ -263,6 +268,13 @@ def _measured_device(figures: Mapping[str, Any] | None) -> Device:
         raise ValueError(
             f"figures={figures!r} of the probe are no device's: {error}; run `mics probe` again"
         ) from error
+
+
+def _measured_hosts(content: Mapping[str, Any]) -> dict[str, Host]:
+    try:
+        return {engine: Host.from_json(lines) for engine, lines in content.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"hosts of the probe are none: {error}; run `mics probe` again") from error
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -320,7 +332,10 @@ def _tier(where: str, entry: Mapping[str, Any]) -> Tier:
 
 def _made(kind: type[_Kind], where: str, entry: Mapping[str, Any], plain: Mapping[str, Any]) -> _Kind:
     """What an entry describes. All but `plain` are figures."""
-    known = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]
+    known = {
+        field.name: field.default is MISSING and field.default_factory is MISSING
+        for field in fields(kind)  # type: ignore[arg-type]
+    }
     if unknown := sorted(entry.keys() - known):
         raise ValueError(f"{where}.{unknown[0]} is unknown; choose of {', '.join(known)}")
     if missing := [name for name, required in known.items() if required and name not in entry and name not in plain]:

@@ -81,6 +81,10 @@ class Collective:
         """Bytes of the buffer."""
         return self.numel * self.dtype.itemsize
 
+    def nodes_joined(self, ranks_per_node: int) -> int:
+        """How many nodes it is among, whether it takes notice of them or not."""
+        return len({rank // ranks_per_node for node in self.nodes for rank in node})
+
 
 class Route:
     """Collectives among some ranks, as one of them issues them.

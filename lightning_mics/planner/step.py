@@ -12,13 +12,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
-from lightning_mics.ladder import Phase
-from lightning_mics.planner import costs, simulator
+from lightning_mics.ladder import Gradients, Parameters, Phase
+from lightning_mics.planner import costs, peers, simulator
 from lightning_mics.planner.activations import Activations
 from lightning_mics.planner.compute import Compute
 from lightning_mics.planner.costs import Algorithm, Costs, Group, Transfer
 from lightning_mics.planner.hardware import Cluster
+from lightning_mics.planner.host import Host, Part, Thread
 from lightning_mics.planner.model import Model
 from lightning_mics.planner.schedule import COMPUTES, Case, Kind, Task, schedule
 from lightning_mics.planner.simulator import Span
@@ -35,6 +37,9 @@ _ALGORITHMS = {
     Form.NATIVE: Algorithm.HIERARCHICAL,
     Form.PIPELINED: Algorithm.PIPELINED,
 }
+_ENGINES: dict[Any, str] = {schedule: "mics", peers.fsdp2: "fsdp2"}
+PARTS = {Kind.GATHER: Part.GATHER, Kind.HOP_1: Part.HOP_1, Kind.HOP_2: Part.HOP_2, Kind.UPDATE: Part.GATHER}
+"""Of a host's costs, that of a task."""
 _ALIKE_FROM = 4  # micro-steps of a window from which on each one more takes as long as the one before
 
 
@@ -120,10 +125,17 @@ class Pricing:
         case: how collectives are formed.
         work: what is computed.
         compute: of the same device, for the copies that come with collectives.
+        model: what is trained.
+        host: what collectives cost the processors, where they compute; by default they cost what `compute` and the
+            cluster's tiers say.
     """
 
-    def __init__(self, cluster: Cluster, case: Case, work: Work, compute: Compute) -> None:
+    def __init__(
+        self, cluster: Cluster, case: Case, work: Work, compute: Compute, model: Model, host: Host | None = None
+    ) -> None:
         self._costs = Costs(cluster)
+        self._host, self._case = host or Host(), case
+        self._trained = {unit: sum(p.nbytes for p in each.trainable) for unit, each in model.units.items()}
         self._per_node = case.topology.ranks_per_node
         self._form = case.form or (Form.EXCHANGE if case.on_cpu else Form.PIPELINED)
         self._on_cpu = case.on_cpu
@@ -141,7 +153,7 @@ class Pricing:
         """What the simulator runs, and for each task of `plan` the place of its end."""
         made: list[simulator.Task] = []
         ends: list[int] = []
-        arrived: defaultdict[int | None, float] = defaultdict(float)  # gathered bytes that are yet to be laid out
+        arrived: defaultdict[int | None, float] = defaultdict(float)  # seconds in which what came is yet to be laid out
         outside: tuple[int, bool, bool] | None = None
         for task in plan:
             after = tuple(ends[place] for place in task.after)
@@ -151,22 +163,49 @@ class Pricing:
                     here = task.micro_step, task.backward, True
                     first, outside = outside != here, here if outside != here else None
                 seconds = task.share * self._work.of_kind(task.kind, task.unit, first)
-                seconds += self._compute.moving(2 * arrived.pop(task.unit, 0.0))
+                if task.unit is not None or first:
+                    seconds += self._handling(task)
+                seconds += arrived.pop(task.unit, 0.0)
                 made.append(self._computing(_said(task), seconds, after))
             else:
                 assert task.collective is not None
                 if task.kind == Kind.GATHER:
-                    arrived[task.unit] += task.collective.nbytes
+                    arrived[task.unit] += self._laid_out(task, task.collective)
                 if task.kind == Kind.HOP_1:  # gradients are laid out for it
-                    made.append(
-                        self._computing(
-                            f"{_said(task)}, laid out", self._compute.moving(2 * task.collective.nbytes), after
-                        )
-                    )
+                    seconds = self._laid_out(task, task.collective)
+                    made.append(self._computing(f"{_said(task)}, laid out", seconds, after))
                     after = (len(made) - 1,)
                 made.extend(self._sending(task, task.collective, after, len(made)))
             ends.append(len(made) - 1)
         return made, ends
+
+    def _handling(self, task: Task) -> float:
+        """What the engine does in a block's forward or backward, beside the block's own, but for collectives."""
+        nbytes = self._trained[task.unit]
+        seconds = 0.0
+        if task.kind in (Kind.FORWARD, Kind.BACKWARD):
+            seconds = self._host.seconds(Part.HOOKS, Thread.COMPUTING, nbytes) / 2
+        if keeps_apart(self._case) and task.kind == Kind.BACKWARD and task.micro_step < self._case.window - 1:
+            seconds += self._host.seconds(Part.KEEP, Thread.COMPUTING, nbytes)
+        return seconds
+
+    def _laid_out(self, task: Task, collective: Collective) -> float:
+        """Seconds of the rank's own thread for what comes or goes."""
+        part = PARTS[task.kind]
+        if not self._host.knows(part):
+            return self._compute.moving(2 * collective.nbytes)
+        between = collective.nodes_joined(self._per_node) > 1
+        return self._host.seconds(part, Thread.COMPUTING, collective.nbytes, between)
+
+    def _carried(self, task: Task, collective: Collective) -> costs.Stage | None:
+        """Waiting, and work beside the rank's own thread; None if the tiers tell. Hop 2 is all beside."""
+        part = PARTS.get(task.kind)
+        if part is None or not self._host.knows(part):
+            return None
+        between = collective.nodes_joined(self._per_node) > 1
+        seconds = {each: self._host.seconds(part, each, collective.nbytes, between) for each in Thread}
+        own = seconds[Thread.COMPUTING] if task.kind in (Kind.HOP_2, Kind.UPDATE) else 0.0
+        return costs.Stage(seconds[Thread.NONE], (own + seconds[Thread.BESIDE],))
 
     def _computing(self, what: str, seconds: float, after: tuple[int, ...]) -> simulator.Task:
         processors = self._tiers[0] if self._on_cpu else COMPUTING  # on CPU cores, which ranks share
@@ -174,6 +213,9 @@ class Pricing:
 
     def _sending(self, task: Task, collective: Collective, after: tuple[int, ...], place: int) -> list[simulator.Task]:
         stages = self.transfer(collective).stages or (costs.Stage(0.0, ()),)
+        if (carried := self._carried(task, collective)) is not None:
+            first = costs.Stage(carried.latency, (*carried.busy, *stages[0].busy[1:]))
+            stages = (first, *(costs.Stage(0.0, (0.0, *each.busy[1:])) for each in stages[1:]))
         links = COMPUTING, *self._tiers
         before = task.pieces * self._compute.device.kernel
         return [
@@ -194,7 +236,7 @@ class Pricing:
     def transfer(self, collective: Collective) -> Transfer:
         """What a collective costs. The ranks of each node of its group are taken to be alike."""
         ranks = [rank for node in collective.nodes for rank in node]
-        nodes = len({rank // self._per_node for rank in ranks})
+        nodes = collective.nodes_joined(self._per_node)
         narrowed = min((stage.dtype.itemsize for stage in collective.stages), default=0) / collective.dtype.itemsize
         key = collective.operation, collective.nbytes, len(collective.nodes), nodes, len(ranks), narrowed
         if key not in self._known:
@@ -213,6 +255,17 @@ class Pricing:
     def _ours(self, collective: Collective) -> bool:
         """Whether it is made of messages."""
         return any(stage.kind == "send" for stage in collective.stages)
+
+
+def keeps_apart(case: Case) -> bool:
+    """Whether a micro-step that ends no window leaves gradients whole, and not the parameters that they are of."""
+    whole = case.topology.partition_size > 1 and case.rung.gradients == Gradients.WHOLE
+    return whole and case.rung.parameters != Parameters.WINDOW
+
+
+def _host(cluster: Cluster, walk: Any) -> Host | None:
+    """Of the engine whose schedule it is."""
+    return cluster.hosts.get(_ENGINES.get(getattr(walk, "func", walk), ""))
 
 
 def _narrow(transfer: Transfer, share: float) -> Transfer:
@@ -258,7 +311,7 @@ def _simulated(
     model: Model, case: Case, cluster: Cluster, work: Work, compute: Compute, walk: Walker, rank: int
 ) -> Step:
     """Two steps, of which the second one counts: its first forward may wait for what the first one has updated."""
-    pricing = Pricing(cluster, case, work, compute)
+    pricing = Pricing(cluster, case, work, compute, model, _host(cluster, walk))
     plan = walk(model, case, rank, 2)
     tasks, ends = pricing.tasks(plan)
     spans = simulator.simulate(tasks, pricing.rates)

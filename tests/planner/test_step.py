@@ -110,7 +110,7 @@ def test_ranks_that_share_cores_share_them_with_their_messages() -> None:
 def test_a_collective_keeps_processors_from_what_is_computed_beside_it() -> None:
     """One of four: a computation as long as the collective takes a quarter more, and the collective takes no more."""
     on = replace(cluster(1e8, 1e-9), device=replace(DEVICE, processors=4), channels=1)
-    pricing = Pricing(on, Case(EIGHT), work(EIGHT), Compute(on.device))
+    pricing = Pricing(on, Case(EIGHT), work(EIGHT), Compute(on.device), MODEL)
     (gather, *_) = (task for task in schedule(MODEL, Case(EIGHT)) if task.kind == ScheduleKind.GATHER)
     stage = max(pricing.tasks((gather,))[0], key=lambda each: sum(each.loads.values()))
     (alone,) = simulator.simulate([replace(stage, after=())], pricing.rates)
@@ -120,7 +120,7 @@ def test_a_collective_keeps_processors_from_what_is_computed_beside_it() -> None
 
 
 def test_what_a_list_takes_is_waited_for_first() -> None:
-    pricing = Pricing(cluster(1e8), Case(EIGHT), work(EIGHT), Compute(DEVICE))
+    pricing = Pricing(cluster(1e8), Case(EIGHT), work(EIGHT), Compute(DEVICE), MODEL)
     (gather, *_) = (task for task in schedule(MODEL, Case(EIGHT)) if task.kind == ScheduleKind.GATHER)
     (plain, *_), (listed, *_) = (pricing.tasks((each,))[0] for each in (gather, replace(gather, pieces=16)))
     assert listed.seconds - plain.seconds == pytest.approx(16 * DEVICE.kernel)
