@@ -2,8 +2,9 @@
 
 The first window runs on the lowest rung and is measured: what is neither model state nor gathered (activations, the
 optimizer, whatever else the process holds) is known from then on. All other figures of a rung are exact, so the second
-window runs on the fastest that fits. Every later window is watched; when one comes near the budget on any rank, all
-ranks step down before the next.
+window runs on the fastest that fits. Where a rung was planned, the first window runs on that one, and it stays as long
+as it fits. Every later window is watched; when one comes near the budget on any rank, all ranks step down before the
+next.
 """
 
 from __future__ import annotations
@@ -56,11 +57,19 @@ class Climb:
         device: whose memory is meant.
         sizes: what each rung holds.
         traffic: bytes that a rank sends on a rung in a window of so many micro-steps.
+        planned: the rung of the first window, by which none other is taken as long as it fits; if there is one.
     """
 
     def __init__(
-        self, budget: int, device: torch.device, sizes: ModelBytes, traffic: Callable[[Rung, int], float]
+        self,
+        budget: int,
+        device: torch.device,
+        sizes: ModelBytes,
+        traffic: Callable[[Rung, int], float],
+        planned: Rung | None = None,
     ) -> None:
+        self.first = planned or RUNGS[0]
+        self._planned = planned
         self.budget = budget
         self._device = device
         self._sizes = sizes
@@ -93,8 +102,10 @@ class Climb:
         return rung
 
     def best(self, rest: int, micro_steps: int) -> Rung | None:
-        """The fastest rung that fits beside `rest` bytes; of equally fast ones, that which holds least."""
+        """The planned rung if it fits beside `rest` bytes, else the fastest; of equally fast ones, what holds least."""
         fits = [r for r in RUNGS if r not in self._excluded and rest + self._sizes.peak(r) <= NEAR * self.budget]
+        if self._planned in fits:
+            return self._planned
         return min(fits, key=lambda r: (self._traffic(r, micro_steps), self._sizes.peak(r)), default=None)
 
     def _measure(self, rung: Rung) -> int:

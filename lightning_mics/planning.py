@@ -44,12 +44,14 @@ class Decision:
         partition_size: p.
         micro_batch: samples of a rank in a micro-step.
         window: micro-steps of an optimizer step.
+        rung: what stays whole.
         lines: the plan for people, what was chosen first.
     """
 
     partition_size: int
     micro_batch: int
     window: int
+    rung: Rung
     lines: tuple[str, ...]
 
 
@@ -175,7 +177,7 @@ class Question:
             of_step = {"global_batch": self.size * window * cluster.devices}
         plan = planner.plan(partition_size=self.asked.partition_size, rung=self.asked.rung, **of_step)
         best = plan.best
-        return Decision(best.partition_size, best.micro_batch, best.window, tuple(plan.lines()))
+        return Decision(best.partition_size, best.micro_batch, best.window, best.rung, tuple(plan.lines()))
 
 
 def _cluster_at_hand(

@@ -102,20 +102,22 @@ class MiCSModule(nn.Module):
         """What stays whole in memory; "auto" changes it between windows."""
         return self.window.rung
 
-    def set_rung(self, rung: Rung | str, memory_budget: int | float = 0.9) -> None:
-        """Go on from another rung, between windows; see `shard`.
+    def set_rung(self, rung: Rung | str, memory_budget: int | float = 0.9, planned: Rung | None = None) -> None:
+        """Go on from another rung, between windows; see `shard`. "auto" begins with `planned`, if that is given.
 
         Raises:
             ValueError: if there is no such rung, or no such budget.
         """
         budget, climbs = Budget(memory_budget), rung == AUTO
-        self.window.take(Rung() if climbs else Rung.parse(rung))
-        self.window.climb = None
-        if climbs:
-            room = budget.bytes(self.groups.device, self.groups.topology.ranks_per_node)
-            self.window.climb = Climb(
-                room, self.groups.device, self.bytes_held(), lambda r, w: self.wire_bytes(w, r).in_partition_group
-            )
+        if not climbs:
+            self.window.climb = None
+            self.window.take(Rung.parse(rung))
+            return
+        device, sizes = self.groups.device, self.bytes_held()
+        room = budget.bytes(device, self.groups.topology.ranks_per_node)
+        climb = Climb(room, device, sizes, lambda r, w: self.wire_bytes(w, r).in_partition_group, planned)
+        self.window.climb = climb
+        self.window.take(climb.first)
 
     @property
     def one_backward(self) -> bool:

@@ -20,12 +20,13 @@ from tests.ports import reserved_port
 
 OPTIONS = ["probe", "--device", "cpu", "--output", "network.json"]
 IN_FEWER_ROUNDS = """
-from lightning_mics import probe
-from lightning_mics.planner import measured
-from mics_tools.cli import app
+import runpy
 
-probe._ROUNDS = measured._ROUNDS = 1
-app()
+from lightning_mics import probe
+from lightning_mics.planner import measured, measured_host
+
+probe._ROUNDS = measured._ROUNDS = measured_host._STEPS = 1
+runpy.run_module("lightning_mics", run_name="__main__")
 """
 
 
@@ -45,9 +46,15 @@ def _outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
     return outputs
 
 
+def _script(folder: Path) -> str:
+    script = folder / "probe.py"
+    script.write_text(IN_FEWER_ROUNDS)
+    return str(script)
+
+
 def _by_torchrun(folder: Path) -> list[str]:
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return _outputs([_start([sys.executable, *start, "-m", "lightning_mics", *OPTIONS], folder)])
+    return _outputs([_start([sys.executable, *start, _script(folder), *OPTIONS], folder)])
 
 
 def _by_slurm(folder: Path) -> list[str]:
@@ -59,9 +66,7 @@ def _by_slurm(folder: Path) -> list[str]:
         "SLURM_NODELIST": "127.0.0.1",
     }
     job |= {"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
-    script = folder / "probe.py"
-    script.write_text(IN_FEWER_ROUNDS)
-    command = [sys.executable, str(script), *OPTIONS]
+    command = [sys.executable, _script(folder), *OPTIONS]
     with reserved_port() as port:
         job["MASTER_PORT"] = str(port)
         return _outputs([_start(command, folder, **job, SLURM_PROCID=rank) for rank in "01"])

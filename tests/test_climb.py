@@ -94,3 +94,18 @@ def test_the_peak_of_a_process_is_seen_and_forgotten() -> None:
     assert memory.peak(cpu) >= before + (96 << 20)
     memory.reset_peak(cpu)
     assert memory.peak(cpu) < before + (32 << 20)
+
+
+def test_a_planned_rung_comes_first_and_stays_as_long_as_it_fits() -> None:
+    planned = Rung.parse("micro_step/sharded")
+
+    def of(budget: int) -> Climb:
+        return Climb(budget, torch.device("cpu"), SIZES, traffic, planned)
+
+    assert of(480).first == planned and climb(480).first == Rung()
+    assert of(10_000).best(rest=0, micro_steps=4) == planned, "though window/whole would send less"
+    assert of(round(480 / NEAR) + 1).best(rest=0, micro_steps=4) == Rung.parse("block/sharded")
+    near = of(10_000)
+    near._before = near._rest = 0
+    assert near.window_begins(planned, 4, near=0.0) == planned
+    assert near.window_begins(planned, 4, near=1.0) == Rung.parse("block/sharded")

@@ -8,12 +8,13 @@ messages share the cores, and a tier inside a node is nothing but cores copying 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lightning_mics.channels import MOST_UNDER_WAY
 from lightning_mics.ladder import Gradients, Parameters, Phase
 from lightning_mics.planner import costs, peers, simulator
 from lightning_mics.planner.activations import Activations
@@ -22,7 +23,7 @@ from lightning_mics.planner.costs import Algorithm, Costs, Group, Transfer
 from lightning_mics.planner.hardware import Cluster
 from lightning_mics.planner.host import Host, Part, Thread
 from lightning_mics.planner.model import Model
-from lightning_mics.planner.schedule import COMPUTES, Case, Kind, Task, schedule
+from lightning_mics.planner.schedule import COMPUTES, Case, Channel, Kind, Task, schedule
 from lightning_mics.planner.simulator import Span
 from lightning_mics.planner.stages import Collective, Form
 from lightning_mics.planner.state import ModelState
@@ -139,6 +140,7 @@ class Pricing:
         self._per_node = case.topology.ranks_per_node
         self._form = case.form or (Form.EXCHANGE if case.on_cpu else Form.PIPELINED)
         self._on_cpu = case.on_cpu
+        self._sent: Counter[Channel | None] = Counter()
         self._work, self._compute = work, compute
         self._tiers = [tier.name for tier in cluster.tiers]
         self._kept = min(1.0, cluster.channels / cluster.device.processors)  # of the processors, by a collective
@@ -217,17 +219,25 @@ class Pricing:
             first = costs.Stage(carried.latency, (*carried.busy, *stages[0].busy[1:]))
             stages = (first, *(costs.Stage(0.0, (0.0, *each.busy[1:])) for each in stages[1:]))
         links = COMPUTING, *self._tiers
+        stream = self._stream(task)
         before = task.pieces * self._compute.device.kernel
         return [
             simulator.Task(
                 _said(task),
-                str(task.channel),
+                stream,
                 stage.latency if index else before + stage.latency,
                 {link: load for link, load in zip(links, self._loads(stage), strict=False) if load},
                 after if not index else (place + index - 1,),
             )
             for index, stage in enumerate(stages)
         ]
+
+    def _stream(self, task: Task) -> str:
+        """Its channel; on CPU, of one that carries several at a time, each of these in turn."""
+        if not self._on_cpu:
+            return str(task.channel)
+        self._sent[task.channel] += 1
+        return f"{task.channel}, {self._sent[task.channel] % MOST_UNDER_WAY + 1}"
 
     def _loads(self, stage: costs.Stage) -> tuple[float, ...]:
         """On the device's processors, and on the tiers' ports."""

@@ -14,7 +14,7 @@ from lightning_utilities.core import rank_zero
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_mics import MiCSStrategy
+from lightning_mics import MiCSStrategy, planning
 from lightning_mics.planner import measured
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import Batch, Toy, batch_of, seeded, trainer
@@ -68,7 +68,7 @@ class Logging(Toy):
 
 def auto(**kwargs: Any) -> MiCSStrategy:
     """In a process of its own, so that nobody else's devices are measured as badly."""
-    measured._ROUNDS, measured._SECONDS_OF_A_SAMPLE = 1, 0.002
+    measured._ROUNDS, measured._SECONDS_OF_A_SAMPLE, measured._SECONDS_BUSY, planning._STEPS = 1, 0.002, 0.01, 1
     return MiCSStrategy(ranks_per_node=2, **kwargs)
 
 
