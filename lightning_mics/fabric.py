@@ -213,7 +213,7 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         return optimizer
 
     def _known(self, root: MiCSModule) -> MiCSModule:
-        OwnLoop.of(root, self._backward_pass)
+        OwnLoop(root, self._backward_pass)
         for param in root.parameters():
             self._root_of[param] = weakref.ref(root)
         return root
@@ -257,7 +257,7 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         return output
 
     def _loops(self, optimizer: Optimizer) -> list[OwnLoop]:
-        return [OwnLoop.of(root, self._backward_pass) for root in self.roots_of(optimizer)]
+        return [loop for root in self.roots_of(optimizer) if (loop := OwnLoop.of(root)) is not None]
 
     @override
     def clip_gradients_norm(

@@ -321,6 +321,8 @@ def _fitting(parts: State, record: Mapping[str, Any], strict: bool) -> list[Opti
         KeyError: if something is asked for that was not saved.
         ValueError: for some of several modules or optimizers that were saved together.
     """
+    if strict:
+        _check_saved(parts.rest, record.get("state", ()), "value", ", or set strict=False to leave it as it is")
     if not record:  # a Trainer's, which has no keys
         return [*parts.optimizers.values()]
     saved, asked = record["modules"], [*parts.roots]
@@ -331,8 +333,6 @@ def _fitting(parts: State, record: Mapping[str, Any], strict: bool) -> list[Opti
         _check_saved(parts.optimizers, record["optimizers"], "optimizer")
         if missing := [key for key in record["optimizers"] if key not in parts.optimizers]:
             raise ValueError(f"state lacks the optimizers {missing}, saved with the others; load all of them or none")
-    if strict:
-        _check_saved(parts.rest, record["state"], "value", ", or set strict=False to leave it as it is")
     return [parts.optimizers[key] for key in record["optimizers"] if key in parts.optimizers]
 
 

@@ -60,7 +60,7 @@ class OwnLoop:
     unannounced; and before the first such forward of an evaluation, persistent buffers become rank 0's.
 
     Args:
-        root: with `one_backward` set.
+        root: with `one_backward` set; until `end`, this is its only loop.
         backward: is told when a pass comes to `root`.
     """
 
@@ -70,16 +70,24 @@ class OwnLoop:
         self._windows = 0
         self._buffers_differ = False
         root.window.cleared_by_user = True
-        root.register_forward_pre_hook(self._begins, prepend=True)
-        root.register_forward_hook(self._ended)
+        root.__dict__[_LOOP] = self
+        self._hooks = (
+            root.register_forward_pre_hook(self._begins, prepend=True),
+            root.register_forward_hook(self._ended),
+        )
 
     @classmethod
-    def of(cls, root: MiCSModule, backward: Backward) -> OwnLoop:
-        """The loop of a root, which has one for good, with `backward` from now on."""
-        loop: OwnLoop = root.__dict__.setdefault(_LOOP, None) or cls(root, backward)
-        root.__dict__[_LOOP] = loop
-        loop._backward = backward
+    def of(cls, root: MiCSModule) -> OwnLoop | None:
+        """The loop that runs a root, if one of a user's does."""
+        loop: OwnLoop | None = root.__dict__.get(_LOOP)
         return loop
+
+    def end(self) -> None:
+        """Somebody else runs the root from now on."""
+        for hook in self._hooks:
+            hook.remove()
+        self._root.window.cleared_by_user = False
+        del self._root.__dict__[_LOOP]
 
     def close(self) -> None:
         """Before an optimizer's step: hop 2 is complete on every parameter."""

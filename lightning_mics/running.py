@@ -27,6 +27,7 @@ from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
+from lightning_mics.own_loop import OwnLoop
 from lightning_mics.precision import OF_TRAINERS, Precision
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
@@ -165,6 +166,8 @@ class RunningMixin:
             remember_sharded(model, root)
         else:
             check_sharded_alike(root, self._groups.topology, precision)
+        if (loop := OwnLoop.of(root)) is not None:
+            loop.end()
         root.forget_optimizer()
         root.window.drop()
         root.release()

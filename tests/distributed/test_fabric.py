@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
+from lightning_mics import MiCSStrategy
 from lightning_mics.fabric import LightningFabricMiCSStrategy
 from lightning_mics.sharding import MiCSModule
 from tests.distributed.counting import Call, collectives
@@ -28,7 +29,20 @@ from tests.distributed.fabrics import (
     train,
 )
 from tests.distributed.ranks import run_ranks
-from tests.distributed.toys import assert_close, assert_same_losses, batch_of, local, parameters, whole
+from tests.distributed.toys import (
+    Batches,
+    Toy,
+    assert_close,
+    assert_same_losses,
+    assert_same_training,
+    batch_of,
+    local,
+    parameters,
+    trainer,
+    whole,
+)
+from tests.distributed.toys import ddp as ddp_strategy
+from tests.distributed.toys import seeded as seeded_toy
 from tests.raising import raised
 
 Loop = Callable[[Any, Any, Any], object]
@@ -379,6 +393,15 @@ def setting_up() -> None:
     )
     fabric.launch()
     assert_close(trained(fabric, train_two), expected, "lightning_fabric", atol=1e-6)
+
+    def then_a_trainer(fabric: Any, strategy: Any) -> Toy:
+        toy = seeded_toy(Toy)
+        model, optimizer = fabric.setup(toy, adamw(toy.parameters()))
+        train(fabric, model, optimizer, windows=1)
+        trainer(strategy, accumulate_grad_batches=2).fit(toy, Batches(4))
+        return toy
+
+    assert_same_training(then_a_trainer(mics(2), MiCSStrategy(2)), then_a_trainer(ddp(), ddp_strategy()), "a Trainer")
 
     scheduled = mics(2)
     module = seeded()
