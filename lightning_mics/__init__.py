@@ -1,15 +1,18 @@
 """lightning-mics: MiCS sharded data parallelism for PyTorch Lightning.
 
-Importing this package registers the strategy name "mics", so that `Trainer(strategy="mics")` finds it, with
-`lightning.pytorch` and with `pytorch_lightning`.
+Importing this package registers the strategy name "mics", so that `Trainer(strategy="mics")` and
+`Fabric(strategy="mics")` find it: with `lightning`, and with `pytorch_lightning` and `lightning_fabric`.
 """
 
+from lightning_mics import fabric, strategy
 from lightning_mics.checkpoint import consolidate
+from lightning_mics.fabric import MiCSFabricStrategy
 from lightning_mics.network import Network
-from lightning_mics.strategy import MiCSStrategy, register
+from lightning_mics.strategy import MiCSStrategy
 from lightning_mics.topology import Topology
 from lightning_mics.version import __version__
 
-__all__ = ["MiCSStrategy", "Network", "Topology", "__version__", "consolidate"]
+__all__ = ["MiCSFabricStrategy", "MiCSStrategy", "Network", "Topology", "__version__", "consolidate"]
 
-register()
+strategy.register()
+fabric.register()

@@ -7,7 +7,7 @@ test would notice if it moved.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -103,14 +103,17 @@ def reduce_held_gradients(root: FSDPModule) -> None:
     root._get_fsdp_state()._root_post_backward_final_callback()
 
 
-def forget_held_gradients(root: FSDPModule) -> None:
-    """Drop the gradients of earlier backwards that were not reduced.
+def forget_held_gradients(root: FSDPModule, params: Iterable[nn.Parameter] | None = None) -> None:
+    """Drop the gradients of earlier backwards that were not reduced: all, or those of the sharded `params`.
 
     They are on parameters that FSDP2 registers only while they are gathered, or, summed in another dtype, beside them.
     Test: tests/distributed/test_sums.py.
     """
+    chosen = None if params is None else {id(param) for param in params}
     for group in _parameter_groups(root):
         for param in group.fsdp_params:
+            if chosen is not None and id(param.sharded_param) not in chosen:
+                continue
             param.unsharded_accumulated_grad = None
             if hasattr(param, "_unsharded_param"):
                 param._unsharded_param.grad = None

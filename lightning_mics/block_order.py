@@ -37,6 +37,10 @@ class BlockOrder:
         self._blocks = [block.module for block in blocks]
         self.calls = [0] * len(blocks)
         """How often each block ran in the current forward, passes included."""
+        self.forwards = 0
+        """Forwards with gradients since somebody, who begins a backward, set this to zero."""
+        self.awaited = [0] * len(blocks)
+        """How often each block ran in the last of them."""
         self.pass_skipped = False
         """Whether skipped blocks are passed through; for models whose forward is one pass over the blocks."""
         self.before_call: Callable[[int], None] = lambda index: None
@@ -62,6 +66,9 @@ class BlockOrder:
             yield self._pass_rest
         finally:
             self.inside = False
+            if torch.is_grad_enabled():
+                self.forwards += 1
+                self.awaited = self.calls
 
     def _pass_rest(self, output: Any) -> Any:
         return self._pass_up_to(len(self._blocks), output) if self.pass_skipped else output

@@ -7,9 +7,11 @@ sums along. They are in 16 bits no longer than a backward: the engine sums in th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_mics._compat import forget_held_gradients, reduce_held_gradients
 
@@ -26,6 +28,11 @@ class HeldGradients:
         self._holds = False
         self._any = False  # since the last `forget`
 
+    @property
+    def holds(self) -> bool:
+        """Whether the last backward's gradients are held."""
+        return self._holds
+
     def hold(self, holds: bool) -> None:
         """Whether the coming backward's gradients are held; otherwise they are reduced, with all that were."""
         self._any = self._any or holds
@@ -40,8 +47,8 @@ class HeldGradients:
             with torch.no_grad():
                 reduce_held_gradients(self._root)
 
-    def forget(self) -> None:
-        """Drop what is held."""
+    def forget(self, params: Iterable[nn.Parameter] | None = None) -> None:
+        """Drop what is held, or what of it is of `params`."""
         if self._any:
-            forget_held_gradients(self._root)
-        self._any = False
+            forget_held_gradients(self._root, params)
+        self._any = self._any and params is not None

@@ -109,6 +109,10 @@ class OptimizerShards:
         """Whether there is a piece of `param`."""
         return id(param) in self._pieces
 
+    def held(self, param: nn.Parameter) -> nn.Parameter:
+        """What the optimizer steps for `param`: its piece, or itself."""
+        return self._pieces.get(id(param), param)
+
     def steps(self, param: nn.Parameter) -> bool:
         """Whether the optimizer may have changed the piece of `param` in its last step."""
         return self.holds(param) and (param.requires_grad or self._pieces[id(param)].grad is not None)

@@ -78,7 +78,7 @@ class MiCSModule(nn.Module):
         self._has_run = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward; under inference mode without gradients instead.
+        """Run the forward; under inference mode without gradients instead. If it raises, the window is forgotten.
 
         What is gathered in inference mode could not be trained on afterwards, and the engine keeps the memory for it.
         """
@@ -88,6 +88,9 @@ class MiCSModule(nn.Module):
                 with torch.inference_mode(mode=False), torch.no_grad():
                     return super().__call__(*args, **kwargs)
             return super().__call__(*args, **kwargs)
+        except BaseException:
+            self.abort()
+            raise
         finally:
             self.residency.show_shards()
 
@@ -230,6 +233,7 @@ class MiCSModule(nn.Module):
     def abort(self) -> None:
         """After an exception in a forward or a backward: forget the window and whatever was under way."""
         self.window.drop()
+        self.order.forwards = 0
         if self.window.optimizer_shards is not None:
             self.window.optimizer_shards.abort()
         for gather in self.gathers.values():
@@ -453,6 +457,7 @@ def _finish_updates_before_state_dicts(root: MiCSModule) -> None:
     for module in root.module.modules():
         module.register_state_dict_pre_hook(finish)
         module.register_load_state_dict_pre_hook(finish)
+    root.module.register_load_state_dict_pre_hook(lambda *_: root.release())
 
 
 def _modules_within(block: Block) -> Iterator[tuple[str, nn.Module]]:

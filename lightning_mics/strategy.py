@@ -8,10 +8,8 @@ under DDP. `lightning.pytorch` and `pytorch_lightning` are two trees of classes;
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -19,30 +17,27 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import pytorch_lightning
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mics._compat import script_launcher
+from lightning_mics.arguments import check_writers, sharded_before
 from lightning_mics.blocks import BlockChoice
 from lightning_mics.checkpoint import TrainingRng, Verify, Writers
-from lightning_mics.climb import Budget
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner.plan import Workload
 from lightning_mics.planning import Asked, apply_batch, decide
-from lightning_mics.precision import OF_TRAINERS, Precision
 from lightning_mics.preemption import Preemption
+from lightning_mics.running import RunningMixin
 from lightning_mics.saving import SavingMixin
-from lightning_mics.sharding import MiCSModule, shard
-from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
+from lightning_mics.sharding import MiCSModule
+from lightning_mics.topology import PartitionSize
 
-_SHARDED = "_mics_module"
 # Lightning's callbacks that copy parameters whole, in either tree of classes.
 _WHOLE_COPIES = ("StochasticWeightAveraging", "WeightAveraging")
 # Where a module or a callback may read parameters after an optimizer step and before the next forward.
@@ -63,16 +58,9 @@ _BETWEEN_STEP_AND_FORWARD = (
 )
 # Where they may look at gradients that hop 2 has left with the optimizer.
 _BETWEEN_BACKWARD_AND_STEP = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
-_AVERAGES = ("mean", "avg")
-_REDUCE_OPS = {
-    "sum": dist.ReduceOp.SUM,
-    "min": dist.ReduceOp.MIN,
-    "max": dist.ReduceOp.MAX,
-    "product": dist.ReduceOp.PRODUCT,
-}
 
 
-class MiCSStrategyMixin(SavingMixin):
+class MiCSStrategyMixin(SavingMixin, RunningMixin):
     """MiCS for Lightning: model state sharded in partition groups, replicated across them, synchronised in two hops.
 
     Args:
@@ -161,35 +149,28 @@ class MiCSStrategyMixin(SavingMixin):
             )
         asked = {"partition_size": partition_size, "micro_batch": micro_batch}
         self._planned = {name for name, value in asked.items() if value == AUTO}
-        self._partition_size: PartitionSize = "node" if partition_size == "auto" else partition_size
-        self._ranks_per_node = ranks_per_node
-        self._blocks = blocks
-        self._activation_checkpointing = activation_checkpointing
-        self._compile = _compile_arguments(compile)
-        self._precision = Precision(param_dtype, reduce_dtype, between_nodes)
-        self._rung = rung if rung == AUTO else Rung.parse(rung)
-        self._memory_budget = Budget(memory_budget).amount
-        self._optimizer_state = OptimizerState.parse(optimizer_state, "optimizer_state")
+        self._set_running(
+            "node" if partition_size == "auto" else partition_size,
+            ranks_per_node=ranks_per_node,
+            blocks=blocks,
+            activation_checkpointing=activation_checkpointing,
+            compile=compile,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            between_nodes=between_nodes,
+            rung=rung,
+            memory_budget=memory_budget,
+            optimizer_state=optimizer_state,
+            network=network,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
         self._hooks_may_read = False
-        self._network = Network.load(network) if isinstance(network, str | Path) else network
-        self._process_group_backend = process_group_backend
-        self._timeout = timeout
-        self._groups: Groups | None = None
         self._set_saving(async_save, writers, verify)
-        if self._writers == Writers.GROUP and self._optimizer_state == OptimizerState.WORLD:
-            raise ValueError(
-                'writers="group" needs every partition group to hold the whole optimizer state, and '
-                'optimizer_state="world" gives each a part of it; choose writers="all", or optimizer_state="partition"'
-            )
+        check_writers(self._writers, self._optimizer_state)
         self._preemption: Preemption | None = None
 
     # -- the cluster -------------------------------------------------------------------------------------------------
-
-    @property
-    def topology(self) -> Topology:
-        """Who shards with whom. Known as soon as the Trainer is made."""
-        k = self._ranks_per_node or ranks_per_node_from_environment(os.environ) or self.num_processes
-        return Topology.resolve(self._partition_size, world_size=self.num_nodes * self.num_processes, ranks_per_node=k)
 
     @property
     def mics(self) -> MiCSModule:
@@ -203,36 +184,6 @@ class MiCSStrategyMixin(SavingMixin):
         """Tells Lightning to give each rank its own part of the data."""
         return True
 
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        device: torch.device = self.parallel_devices[self.local_rank]
-        return device
-
-    @property
-    def num_processes(self) -> int:
-        """Processes on this node."""
-        return len(self.parallel_devices or ())
-
-    @property
-    def process_group_backend(self) -> str | None:
-        """The backend asked for, or the one in use."""
-        return self._process_group_backend
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
-
-    @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        _ = self.topology  # refuses what does not fit before any process is started
-        if not self.cluster_environment.creates_processes_externally:
-            launcher = script_launcher(self._tree)
-            self._launcher = launcher(self.cluster_environment, self.num_processes, self.num_nodes)
-
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -240,29 +191,6 @@ class MiCSStrategyMixin(SavingMixin):
         self._init_process_group()
         if not self._planned:
             self._groups = Groups.create(self.topology, self.root_device.type, self._timeout)
-
-    def _set_world_ranks(self) -> None:
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank
-
-    def _init_process_group(self) -> None:
-        if dist.is_initialized():
-            return
-        assert self.cluster_environment is not None
-        device = self.root_device
-        backend = self._process_group_backend or dist.get_default_backend_for_device(device)
-        self._process_group_backend = backend
-        os.environ["MASTER_ADDR"] = self.cluster_environment.main_address
-        os.environ["MASTER_PORT"] = str(self.cluster_environment.main_port)
-        dist.init_process_group(
-            backend,
-            rank=self.global_rank,
-            world_size=self.world_size,
-            timeout=self._timeout,
-            device_id=device if device.type != "cpu" and backend == "nccl" else None,
-        )
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -290,7 +218,7 @@ class MiCSStrategyMixin(SavingMixin):
                 'window begins, and gradients in the midst of one could not be cleared; choose "partition"'
             )
         self._take_over_links(trainer.callbacks)  # type: ignore[attr-defined]
-        if fits and self._planned and _SHARDED not in vars(self.lightning_module):
+        if fits and self._planned and sharded_before(self.lightning_module) is None:
             self._plan(trainer)
         if self._groups is None:
             self._groups = Groups.create(self.topology, self.root_device.type, self._timeout)
@@ -339,34 +267,9 @@ class MiCSStrategyMixin(SavingMixin):
 
     @override
     def _setup_model(self, model: nn.Module) -> MiCSModule:
-        assert self._groups is not None
-        precision = self._precision_for(self.precision_plugin, whole=self.topology.partition_size == 1)
-        sharded = model.__dict__.get(_SHARDED)
-        if sharded is None:
-            sharded = shard(
-                model,
-                self._groups,
-                blocks=self._blocks,
-                activation_checkpointing=self._activation_checkpointing,
-                compile=self._compile,
-                precision=precision,
-                network=self._network,
-            )
-            # Not a submodule: a second Trainer finds the module sharded, and its state dict is as it was.
-            model.__dict__[_SHARDED] = sharded
-        else:
-            _check_sharded_alike(sharded, self._groups.topology, precision)
-        sharded.forget_optimizer()
-        sharded.window.drop()
-        sharded.release()
-        sharded.set_rung(self._rung, self._memory_budget)
-        sharded.one_backward = bool(getattr(model, "automatic_optimization", True))
-        return sharded  # type: ignore[no-any-return]
-
-    def _precision_for(self, plugin: Any, whole: bool) -> Precision:
-        if self._precision.param_dtype is not None or whole:  # autocast does for whole ones
-            return self._precision
-        return replace(self._precision, param_dtype=OF_TRAINERS.get(str(plugin.precision)))
+        return self._sharded(
+            model, self.precision_plugin, one_backward=bool(getattr(model, "automatic_optimization", True))
+        )
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -474,45 +377,11 @@ class MiCSStrategyMixin(SavingMixin):
     def on_predict_end(self) -> None:
         self.mics.release()
 
-    # -- collectives of Lightning's own ------------------------------------------------------------------------------
-
     @override
     def barrier(self, name: str | None = None) -> None:
         if name == "run-stage" and self._preemption is not None:  # Lightning has just put its signal handlers
             self._preemption.listen(self.lightning_module.trainer)  # type: ignore[union-attr]
-        if dist.is_initialized():
-            device = self.root_device
-            dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not dist.is_initialized():
-            return obj
-        objects = [obj]
-        dist.broadcast_object_list(objects, src)
-        return objects[0]
-
-    @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduce a tensor over `group` (all ranks by default); anything else comes back as it is.
-
-        Args:
-            tensor: of any shape; integers are averaged as floats.
-            group: a process group.
-            reduce_op: "mean" (or "avg"), "sum", "min", "max", "product", or a `torch.distributed.ReduceOp`.
-        """
-        if not isinstance(tensor, Tensor) or not dist.is_initialized():
-            return tensor
-        op = reduce_op.lower() if isinstance(reduce_op, str) else reduce_op
-        averages = op is None or op in _AVERAGES or op == dist.ReduceOp.AVG
-        if isinstance(op, str) and not averages and op not in _REDUCE_OPS:
-            allowed = ", ".join((*_AVERAGES, *_REDUCE_OPS))
-            raise ValueError(f"reduce_op={reduce_op!r} is not understood; choose one of {allowed}")
-        tensor = tensor.to(self.root_device, copy=True).contiguous()
-        if averages and not tensor.is_floating_point():
-            tensor = tensor.float()
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if averages else _REDUCE_OPS.get(op, op), group=group)
-        return tensor / dist.get_world_size(group) if averages else tensor
+        super().barrier(name)
 
     @override
     def teardown(self) -> None:
@@ -539,22 +408,6 @@ def _users_hooks(trainer: pl.Trainer, names: Iterable[str]) -> list[str]:
         for owner, name, hook in hooks
         if hook is not None and str(getattr(hook, "__module__", "")).split(".")[0] not in packages
     ]
-
-
-def _compile_arguments(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
-    if isinstance(compile, Mapping):
-        return compile
-    if isinstance(compile, bool):
-        return {} if compile else None
-    raise TypeError(f"compile={compile!r} must be True, False or a mapping of torch.compile's arguments")
-
-
-def _check_sharded_alike(sharded: MiCSModule, topology: Topology, precision: Precision) -> None:
-    if (sharded.groups.topology, sharded.precision) != (topology, precision):
-        raise ValueError(
-            f"the model is sharded already, for {sharded.groups.topology} and {sharded.precision}, and this Trainer "
-            f"runs {topology} and {precision}; build a new model, or keep partition_size and precision"
-        )
 
 
 class MiCSStrategy(MiCSStrategyMixin, ParallelStrategy):

@@ -101,6 +101,8 @@ class Window:
         boundary's backward. Otherwise (manual optimization) it covers what has gathered gradients since the last hop
         2, after each backward that synchronises, as DDP does.
         """
+        self.cleared_by_user = False
+        """Whether gradients are cleared by who does not tell the window; it looks, then, before it goes on."""
         self._hops_1 = [bucket.hop_1 for bucket in self.buckets if bucket.hop_1 is not None]
         self._groups = groups
         self._hop_2 = hop_2
@@ -132,6 +134,7 @@ class Window:
         self._complete = False
         self._launched = 0
         self._in_flight: list[Transfer] = []
+        self._marks: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
         self._means: list[Mean] = []
         for index, bucket in enumerate(self.buckets):
             for param in bucket.parameters:
@@ -139,15 +142,19 @@ class Window:
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 
-    def begin(self, key: object) -> None:
-        """Say which window the next micro-step belongs to. What another window left behind will be dropped.
+    def begin(self, key: object, *, fresh: bool = True) -> None:
+        """Say which window the next micro-step belongs to.
 
         Args:
             key: anything that differs from window to window, and is the same for the micro-steps of one.
+            fresh: what another window left behind will be dropped; otherwise it counts, until it is cleared.
         """
         if key == self._key:
             return
-        self._key, self._stale = key, True
+        self._key, self._stale = key, fresh
+        self._next_rung()
+
+    def _next_rung(self) -> None:
         if self.climb is not None:
             near = float(self._near_budget) if self._near_budget is not None else 0.0
             self.take(self.climb.window_begins(self.rung, self._micro_steps, near))
@@ -172,6 +179,7 @@ class Window:
     def backward(self) -> Iterator[None]:
         """Around one backward pass. Its hop 1, and at the boundary hop 2 of every parameter, are over when it exits."""
         self._drop_stale()
+        self._drop_cleared()
         self._micro_steps += 1
         boundary = not self._hop_1_only
         if self.optimizer_shards is not None:
@@ -182,7 +190,9 @@ class Window:
         self._complete = False
         self._launched = 0
         self._arrived = [0] * len(self.buckets)
-        self._overlapping = boundary and self.one_backward and self._hop_2 is not None
+        once = self._order.forwards == 1
+        self._order.forwards = 0
+        self._overlapping = boundary and once and self.one_backward and self._hop_2 is not None
         self._sums = not (self._alone and boundary and self.one_backward and self._micro_steps == 1)
         try:
             yield
@@ -196,6 +206,7 @@ class Window:
                 self._widen(param)
         if self.one_backward:
             self._residency.show_shards()
+        self._mark(boundary)
 
     def close(self) -> None:
         """Before the optimizer's step: hop 2 on all that lacks it, and gradients in their parameters' dtype.
@@ -203,6 +214,7 @@ class Window:
         A boundary without a backward (a skipped batch) has its hop 2 here.
         """
         self._drop_stale()
+        self._drop_cleared()
         if self.optimizer_shards is not None:
             self.optimizer_shards.close()
         if self._unsynced or (self.one_backward and not self._complete):
@@ -218,6 +230,9 @@ class Window:
     def drop(self) -> None:
         """Forget the window: no gradient, nothing under way. Updates of the last step are none of it."""
         self._forget_gradients(self._parameters)
+        self._forget_sums()
+
+    def _forget_sums(self) -> None:
         for transfer in self._in_flight:
             transfer.abandon()
         if self._held is not None:
@@ -227,6 +242,7 @@ class Window:
         self._in_flight.clear()
         self._means.clear()
         self._unsynced.clear()
+        self._marks.clear()
         self._usage.forget()
         self._stale = self._complete = False
 
@@ -239,6 +255,50 @@ class Window:
             param.grad = None
             if self.optimizer_shards is not None:
                 self.optimizer_shards.forget(param)
+
+    # -- gradients that the user clears ------------------------------------------------------------------------------
+    # The sums are in `.grad`, where they are cleared; not so gradients that are held whole, nor, inside a window, those
+    # of pieces. There a mark is left for the user to clear, and looked for before the window goes on. It requires a
+    # gradient, as no gradient does: what sets gradients to zeros instead of None takes that away.
+
+    def _mark(self, boundary: bool) -> None:
+        if boundary or not self.cleared_by_user:
+            return
+        elsewhere = self._held is not None and self._held.holds
+        for param in (param for bucket in self.buckets for param in bucket.trainable):
+            piece = self._stepped_for(param)
+            for holder in {id(each): each for each in (param, piece)}.values():
+                if holder.grad is None and (elsewhere or holder is not param):
+                    holder.grad = _zeros_without_memory(holder).requires_grad_()
+                    self._marks.append((param, holder, holder.grad))
+
+    def _drop_cleared(self) -> None:
+        if not self.cleared_by_user:
+            return
+        cleared = {
+            id(param): param for param, holder, mark in self._marks if holder.grad is not mark or not mark.requires_grad
+        }
+        for _, holder, mark in self._marks:
+            if holder.grad is mark:
+                holder.grad = None
+        marked = {id(param) for param, holder, _ in self._marks if holder is param}
+        for param in self._parameters:
+            if id(param) not in marked and self._usage.saw(param) and self._has_no_gradient(param):
+                cleared[id(param)] = param
+        self._marks.clear()
+        self._forget_gradients(cleared.values())
+        self._usage.forget(cleared.values())
+        if self._held is not None and cleared:
+            self._held.forget(cleared.values())
+        if not self._micro_steps:  # what was not cleared counts on
+            self._usage.note(param for param in self._parameters if not self._has_no_gradient(param))
+
+    def _has_no_gradient(self, param: nn.Parameter) -> bool:
+        return param.grad is None and self._stepped_for(param).grad is None
+
+    def _stepped_for(self, param: nn.Parameter) -> nn.Parameter:
+        """What an optimizer holds for a parameter."""
+        return param if self.optimizer_shards is None else self.optimizer_shards.held(param)
 
     # -- hop 1 arrives -----------------------------------------------------------------------------------------------
 
@@ -281,7 +341,7 @@ class Window:
         bucket = self.buckets[index]
         if bucket.block is None:
             return False
-        calls = self._order.calls[bucket.block]
+        calls = self._order.awaited[bucket.block]
         if self._kept_whole:
             calls = min(calls, 1)
         return self._arrived[index] >= calls * len(bucket.trainable) > 0
@@ -406,3 +466,14 @@ class Window:
 
     def _is_narrow(self, param: Tensor) -> bool:
         return param.dtype.is_floating_point and param.dtype.itemsize < self._sum_dtype.itemsize
+
+
+def _zeros_without_memory(like: Tensor) -> Tensor:
+    """Zeros of the shape of `like`, sharded as it is, all of them one."""
+    own = like.to_local() if isinstance(like, DTensor) else like
+    zeros = own.new_zeros(()).expand(own.shape)
+    if not isinstance(like, DTensor):
+        return zeros
+    return DTensor.from_local(
+        zeros, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

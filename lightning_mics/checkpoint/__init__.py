@@ -2,11 +2,18 @@
 
 from lightning_mics.checkpoint.directory import Checkpoint
 from lightning_mics.checkpoint.export import export_hugging_face
-from lightning_mics.checkpoint.optimizer import optimizer_state_by_name
+from lightning_mics.checkpoint.optimizer import number_parameters, optimizer_state_by_name
 from lightning_mics.checkpoint.pieces import Writers
 from lightning_mics.checkpoint.rng import TrainingRng, get_rng_state, set_rng_state
 from lightning_mics.checkpoint.saver import Saver
-from lightning_mics.checkpoint.single_file import SingleFile, consolidate, is_remote, load_whole_state_dict
+from lightning_mics.checkpoint.single_file import (
+    SingleFile,
+    consolidate,
+    is_remote,
+    load_whole_optimizer_state,
+    load_whole_state_dict,
+    part_of,
+)
 from lightning_mics.checkpoint.snapshot import Snapshot
 from lightning_mics.checkpoint.verification import Verify
 from mics_tools.manifest import DamagedCheckpoint, Manifest
@@ -25,7 +32,10 @@ __all__ = [
     "export_hugging_face",
     "get_rng_state",
     "is_remote",
+    "load_whole_optimizer_state",
     "load_whole_state_dict",
+    "number_parameters",
     "optimizer_state_by_name",
+    "part_of",
     "set_rng_state",
 ]

@@ -164,9 +164,7 @@ class Checkpoint:
                 names what, and leaves everything as it was.
             RuntimeError: on every rank if any rank could not read its part.
         """
-        manifest = together(self._described, f"cannot read {self.path}")
-        if manifest is not None:
-            verify_together(self.path, manifest, verify, optimizers=bool(optimizers))
+        self.verify(verify, optimizers=bool(optimizers))
         index, rest = together(lambda: self._open(weights_only), f"cannot read {self.path}")
         saved = index.state_dict_metadata
         states = rest.pop("optimizer_states", None)
@@ -182,6 +180,28 @@ class Checkpoint:
         extra = {key.removeprefix(MODEL): value for key, value in targets.items() if key.endswith(_EXTRA)}
         module.load_state_dict(rest["state_dict"] | extra, strict=False)  # a copy of what modules keep elsewhere
         return {**rest, "state_dict": {}}
+
+    def verify(self, how: Verify, *, optimizers: bool) -> None:
+        """Compare it with its manifest, as `load` does. Collective on the default group.
+
+        Args:
+            how: how much of it.
+            optimizers: whether their state will be read.
+
+        Raises:
+            FileNotFoundError, ValueError: on every rank if there is no checkpoint, or it is damaged.
+        """
+        manifest = together(self._described, f"cannot read {self.path}")
+        if manifest is not None:
+            verify_together(self.path, manifest, how, optimizers=optimizers)
+
+    def beside(self, weights_only: bool | None = None) -> dict[str, Any]:
+        """What it keeps beside tensors, unverified. Collective on the default group.
+
+        Args:
+            weights_only: of `torch.load`. Only False lets it run code.
+        """
+        return together(lambda: self._open(weights_only)[1], f"cannot read {self.path}")
 
     def read(self, weights_only: bool | None = None, *, verify: Verify = Verify.AUTO) -> dict[str, Any]:
         """All of it, with whole tensors in this process's memory, as it was dumped. Needs no process group.

@@ -106,13 +106,20 @@ class SingleFile:
             ValueError: on every rank if the optimizers do not fit; leaves them as they were.
             RuntimeError: on every rank if any rank could not read the file.
         """
-        checkpoint = together(lambda: self._open(weights_only), f"cannot read {self.path}")
+        checkpoint = self.read(weights_only)
         states = checkpoint.pop("optimizer_states", None)
         fitting = together(lambda: self._fit(module, optimizers, states), f"cannot load {self.path}")
         for optimizer, state in zip(optimizers, fitting, strict=True):
-            held = held_by_name(module, optimizer)
-            optimizer.load_state_dict(number_parameters(_sharded_state(held, state)))
+            _take(module, optimizer, state)
         return checkpoint
+
+    def read(self, weights_only: bool | None = None) -> dict[str, Any]:
+        """What is in it, on every rank; tensors are in the file until they are looked at. Collective.
+
+        Raises:
+            RuntimeError: on every rank if any rank could not read the file.
+        """
+        return together(lambda: self._open(weights_only), f"cannot read {self.path}")
 
     def _open(self, weights_only: bool | None) -> dict[str, Any]:
         if is_remote(self.path):  # there is nothing to map: each rank holds all of it until it has taken its part
@@ -143,6 +150,25 @@ def load_whole_state_dict(module: nn.Module, state: Mapping[str, Any], strict: b
     module.load_state_dict({key: _as_in(targets.get(key), value, key) for key, value in state.items()}, strict=strict)
 
 
+def load_whole_optimizer_state(module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load an optimizer's whole state dict, numbered as torch does, into shards, each rank its part. No communication.
+
+    Args:
+        module: sharded; the optimizer's parameters are among its.
+        optimizer: with as many parameters in each group as when it was saved.
+        state: its state dict.
+
+    Raises:
+        ValueError: if the groups differ; leaves everything as it was.
+    """
+    _take(module, optimizer, _by_name(module, optimizer, state))
+
+
+def _take(module: nn.Module, optimizer: Optimizer, state: StateByName) -> None:
+    held = held_by_name(module, optimizer)
+    optimizer.load_state_dict(number_parameters(_sharded_state(held, state)))
+
+
 def _as_in(target: object, value: object, key: str) -> object:
     if not isinstance(value, Tensor) or not isinstance(target, Tensor):
         return value
@@ -150,7 +176,7 @@ def _as_in(target: object, value: object, key: str) -> object:
         raise ValueError(
             f"{key}: saved as {value.dtype}, the module has {target.dtype}; build the model that was saved"
         )
-    return _part_of(value, target)
+    return part_of(value, target)
 
 
 def _by_name(module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> StateByName:
@@ -163,13 +189,13 @@ def _by_name(module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) 
 
 def _sharded_state(held: Mapping[str, Tensor], state: StateByName) -> StateByName:
     sharded = {
-        name: {k: _part_of(v, held[name]).clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
+        name: {k: part_of(v, held[name]).clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
         for name, fields in state["state"].items()
     }
     return {**state, "state": sharded}
 
 
-def _part_of(whole: Tensor, like: Tensor) -> Tensor:
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of `whole`, sharded as `like` is where it has its shape."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole

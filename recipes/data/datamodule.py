@@ -138,6 +138,11 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.cache_dir = _cache_dir(cache_dir)
         self._store: TokenStore | None = None
+        self._share = 0, 1
+
+    def share(self, rank: int, world_size: int) -> None:
+        """Say which of the ranks this is, where there is no Trainer to ask."""
+        self._share = rank, world_size
 
     @override
     def prepare_data(self) -> None:
@@ -258,7 +263,7 @@ class TextDataModule(LightningDataModule):
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:
-            return 0, 1
+            return self._share
         return self.trainer.global_rank, self.trainer.world_size
 
 
