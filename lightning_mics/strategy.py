@@ -27,6 +27,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics._compat import script_launcher
+from lightning_mics.arguments import (
+    check_sharded_alike,
+    check_writers,
+    compile_arguments,
+    remember_sharded,
+    sharded_before,
+)
 from lightning_mics.blocks import BlockChoice
 from lightning_mics.checkpoint import TrainingRng, Verify, Writers
 from lightning_mics.climb import Budget
@@ -42,7 +49,6 @@ from lightning_mics.saving import SavingMixin
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
 
-_SHARDED = "_mics_module"
 # Lightning's callbacks that copy parameters whole, in either tree of classes.
 _WHOLE_COPIES = ("StochasticWeightAveraging", "WeightAveraging")
 # Where a module or a callback may read parameters after an optimizer step and before the next forward.
@@ -165,7 +171,7 @@ class MiCSStrategyMixin(SavingMixin):
         self._ranks_per_node = ranks_per_node
         self._blocks = blocks
         self._activation_checkpointing = activation_checkpointing
-        self._compile = _compile_arguments(compile)
+        self._compile = compile_arguments(compile)
         self._precision = Precision(param_dtype, reduce_dtype, between_nodes)
         self._rung = rung if rung == AUTO else Rung.parse(rung)
         self._memory_budget = Budget(memory_budget).amount
@@ -176,11 +182,7 @@ class MiCSStrategyMixin(SavingMixin):
         self._timeout = timeout
         self._groups: Groups | None = None
         self._set_saving(async_save, writers, verify)
-        if self._writers == Writers.GROUP and self._optimizer_state == OptimizerState.WORLD:
-            raise ValueError(
-                'writers="group" needs every partition group to hold the whole optimizer state, and '
-                'optimizer_state="world" gives each a part of it; choose writers="all", or optimizer_state="partition"'
-            )
+        check_writers(self._writers, self._optimizer_state)
         self._preemption: Preemption | None = None
 
     # -- the cluster -------------------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ class MiCSStrategyMixin(SavingMixin):
                 'window begins, and gradients in the midst of one could not be cleared; choose "partition"'
             )
         self._take_over_links(trainer.callbacks)  # type: ignore[attr-defined]
-        if fits and self._planned and _SHARDED not in vars(self.lightning_module):
+        if fits and self._planned and sharded_before(self.lightning_module) is None:
             self._plan(trainer)
         if self._groups is None:
             self._groups = Groups.create(self.topology, self.root_device.type, self._timeout)
@@ -341,7 +343,7 @@ class MiCSStrategyMixin(SavingMixin):
     def _setup_model(self, model: nn.Module) -> MiCSModule:
         assert self._groups is not None
         precision = self._precision_for(self.precision_plugin, whole=self.topology.partition_size == 1)
-        sharded = model.__dict__.get(_SHARDED)
+        sharded = sharded_before(model)
         if sharded is None:
             sharded = shard(
                 model,
@@ -352,16 +354,15 @@ class MiCSStrategyMixin(SavingMixin):
                 precision=precision,
                 network=self._network,
             )
-            # Not a submodule: a second Trainer finds the module sharded, and its state dict is as it was.
-            model.__dict__[_SHARDED] = sharded
+            remember_sharded(model, sharded)
         else:
-            _check_sharded_alike(sharded, self._groups.topology, precision)
+            check_sharded_alike(sharded, self._groups.topology, precision)
         sharded.forget_optimizer()
         sharded.window.drop()
         sharded.release()
         sharded.set_rung(self._rung, self._memory_budget)
         sharded.one_backward = bool(getattr(model, "automatic_optimization", True))
-        return sharded  # type: ignore[no-any-return]
+        return sharded
 
     def _precision_for(self, plugin: Any, whole: bool) -> Precision:
         if self._precision.param_dtype is not None or whole:  # autocast does for whole ones
@@ -539,22 +540,6 @@ def _users_hooks(trainer: pl.Trainer, names: Iterable[str]) -> list[str]:
         for owner, name, hook in hooks
         if hook is not None and str(getattr(hook, "__module__", "")).split(".")[0] not in packages
     ]
-
-
-def _compile_arguments(compile: bool | Mapping[str, Any]) -> Mapping[str, Any] | None:
-    if isinstance(compile, Mapping):
-        return compile
-    if isinstance(compile, bool):
-        return {} if compile else None
-    raise TypeError(f"compile={compile!r} must be True, False or a mapping of torch.compile's arguments")
-
-
-def _check_sharded_alike(sharded: MiCSModule, topology: Topology, precision: Precision) -> None:
-    if (sharded.groups.topology, sharded.precision) != (topology, precision):
-        raise ValueError(
-            f"the model is sharded already, for {sharded.groups.topology} and {sharded.precision}, and this Trainer "
-            f"runs {topology} and {precision}; build a new model, or keep partition_size and precision"
-        )
 
 
 class MiCSStrategy(MiCSStrategyMixin, ParallelStrategy):

@@ -6,7 +6,7 @@ all is known only where autograd leaves its gradient: on the gathered parameter,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,12 @@ class Usage:
         """Whether the sharded `param` got a gradient on this rank."""
         return id(param) in self._seen
 
-    def forget(self) -> None:
-        """Begin anew: nothing was seen."""
-        self._seen.clear()
+    def forget(self, params: Iterable[nn.Parameter] | None = None) -> None:
+        """Begin anew: nothing was seen, or none of `params`."""
+        if params is None:
+            self._seen.clear()
+        else:
+            self._seen.difference_update(map(id, params))
 
     def _watch(self, slots: list[tuple[nn.Module, str]], sharded: list[int], *_: Any) -> None:
         for (owner, name), key in zip(slots, sharded, strict=True):
