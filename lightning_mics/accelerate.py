@@ -416,7 +416,7 @@ class Calls:
     def __init__(self, root: MiCSModule) -> None:
         self.for_training = 0
         """Forwards with gradients since the last backward."""
-        self._buffers_differ = False
+        self._any = self._buffers_differ = False
         root.register_forward_pre_hook(self._begins, prepend=True)
         root.register_forward_hook(self._ended)
 
@@ -434,7 +434,10 @@ class Calls:
                 root.synchronize_buffers()
             self._buffers_differ = False
         elif not in_backward():
-            root.window.begin("the first; others begin with zero_grad")
+            if not self._any:
+                root.window.begin("the first; others begin with zero_grad")
+                root.window.drop()
+            self._any = True
             self._buffers_differ = True
             self.for_training += 1
             if self.for_training > 1 and root.one_backward:

@@ -76,8 +76,8 @@ class Saver:
             self._given_up.join()
         self.prepare()
         memory = None if wait else self._memory
-        own = {"rng": rng, "loaders": loaders}
-        take = partial(Snapshot.take, checkpoint, module, self._topology, **own, writers=self._writers, memory=memory)
+        take = partial(Snapshot.take, checkpoint, module, self._topology, rng=rng, loaders=loaders)
+        take = partial(take, writers=self._writers, memory=memory)
         snapshot = together(take, f"cannot save {path}", self._group)
         if memory is None:
             Checkpoint(path).write(snapshot, self._group)
