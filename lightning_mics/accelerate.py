@@ -254,6 +254,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
         """The user's own module. Where p > 1 its parameters are shards, and it is called through what was prepared."""
         if isinstance(model, MiCSModule):
+            model.finish_updates()
             model = model.module
         return super().unwrap_model(model, keep_fp32_wrapper, keep_torch_compile)
 

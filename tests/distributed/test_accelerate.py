@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import Tensor, nn
 
 from tests.distributed.accelerating import Net, data, launched, ours, parameters, theirs
