@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from lightning_mics._compat import in_backward, mark_prepared, prepared
 from lightning_mics.accelerate_optimizer import MiCSOptimizer, Successors, check_state
-from lightning_mics.accelerate_saving import AcceleratorSavingMixin
+from lightning_mics.accelerate_saving import AcceleratorSavingMixin, alone_if_alone
 from lightning_mics.arguments import (
     check_sharded_alike,
     check_writers,
@@ -213,9 +213,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         precision = self._precision_of_shards()
         root = sharded_before(model)
         if root is None:
-            if not dist.is_initialized():
-                backend = dist.get_default_backend_for_device(self.device)
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            alone_if_alone(self.device)
             root = shard(
                 model,
                 Groups.create(self.topology, self.device.type, self._timeout),
@@ -485,6 +483,12 @@ def _of_dynamo(plugin: Any) -> Mapping[str, Any] | None:
 
 
 def _topology(partition_size: PartitionSize, ranks_per_node: int | None, world_size: int) -> Topology:
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > world_size:
+        raise ValueError(
+            f"{started} processes were started, and Accelerate takes this one to be alone, as there is no accelerator "
+            "here; to train on CPUs, give cpu=True or set ACCELERATE_USE_CPU=true"
+        )
     k = ranks_per_node or ranks_per_node_from_environment(os.environ)
     if k is None:
         k = 1 if world_size == 1 else _ranks_per_host(world_size)

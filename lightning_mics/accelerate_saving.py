@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from accelerate.logging import get_logger
 from torch import Tensor, nn
@@ -97,6 +98,7 @@ class AcceleratorSavingMixin(_Base):
         """
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)}: save_state takes no arguments for the functions that save models")
+        alone_if_alone(self.device)
         path = self._path_to_save(output_dir)
         log.info(f"Saving current state to {path}")
         what = prepared(self)
@@ -183,6 +185,7 @@ class AcceleratorSavingMixin(_Base):
         Raises:
             FileNotFoundError, ValueError: on every rank if there is no checkpoint, it is damaged, or it does not fit.
         """
+        alone_if_alone(self.device)
         strict, weights_only = _arguments_of_load(kwargs, load_kwargs)
         what, checkpoint = prepared(self), Checkpoint(self._path_to_load(input_dir))
         log.info(f"Loading states from {checkpoint.path}")
@@ -239,6 +242,13 @@ class AcceleratorSavingMixin(_Base):
         self.step = beside["step"]
         if "rng" in own:
             set_rng_state(own["rng"])
+
+
+def alone_if_alone(device: torch.device) -> None:
+    """Make a process group of one process, where Accelerate has made none."""
+    if not dist.is_initialized():
+        backend = dist.get_default_backend_for_device(device)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _roots(what: Prepared) -> list[Any]:

@@ -2,7 +2,8 @@
 
     accelerate launch --config_file FILE tests/distributed/accelerate_self_test.py PARTITION_SIZE
 
-Its model has two numbers, which have no rows to shard; here they have one each.
+Its model has two numbers, which have no rows to shard; here they have one each. It takes it that training in bf16
+changes none of their bits, as autocast converts nothing in it; so parameters travel in fp32.
 """
 
 from __future__ import annotations
@@ -42,6 +43,6 @@ class Whole(MiCSAccelerator):
 
 
 if __name__ == "__main__":
-    accelerate.Accelerator = partial(Whole, int(sys.argv[1]))
+    accelerate.Accelerator = partial(Whole, int(sys.argv[1]), param_dtype=torch.float32)
     test_utils.RegressionModel = Line
     runpy.run_module("accelerate.test_utils.scripts.test_script", run_name="__main__")

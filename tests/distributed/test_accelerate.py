@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, init_empty_weights
@@ -16,6 +21,9 @@ from tests.distributed.accelerating import Net, data, launched, ours, parameters
 from tests.distributed.counting import collectives
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import assert_close, assert_same_losses
+from tests.ports import reserved_port
+
+ROOT = Path(__file__).resolve().parents[2]
 
 Run = tuple[list[float], dict[str, Tensor]]
 mse = nn.functional.mse_loss
@@ -377,3 +385,30 @@ def meta() -> None:
 
 def test_precision_compilation_and_optimizer_state() -> None:
     run_ranks(4, _variants)
+
+
+# -- launched by Accelerate --------------------------------------------------------------------------------------------
+
+CONFIGURATION = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+mixed_precision: "no"
+main_process_port: {port}
+"""
+
+
+@pytest.mark.slow
+def test_accelerates_own_script_as_accelerate_launches_it(tmp_path: Path) -> None:
+    """Its launcher starts several processes without MPI for GPUs only, and they train on CPUs when told so."""
+    script = Path(__file__).with_name("accelerate_self_test.py")
+    with reserved_port() as port:
+        (tmp_path / "config.yaml").write_text(CONFIGURATION.format(port=port))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config.yaml", str(script), "2"]
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for part in ("Training yielded the same results", "BF16 training check", "Breakpoint trigger test"):
+        assert part in done.stdout
