@@ -130,7 +130,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         **kwargs: Any,
     ) -> None:
         _check_plan(partition_size)
-        _check_no_other_sharding(kwargs)
+        check_no_other_sharding(kwargs)
         self._blocks = blocks
         self._activation_checkpointing = activation_checkpointing
         self._precision = Precision(param_dtype, reduce_dtype, between_nodes)
@@ -465,7 +465,10 @@ def _check_plan(partition_size: object) -> None:
         )
 
 
-def _check_no_other_sharding(arguments: Mapping[str, Any]) -> None:
+def check_no_other_sharding(arguments: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: if Accelerate's arguments, or its launcher's configuration, ask for another sharding.
+    """
     for name in _PLUGINS:
         if arguments.get(name) is not None:
             raise ValueError(f"{name} asks Accelerate to shard the model, which MiCSAccelerator does; leave it out")

@@ -206,6 +206,24 @@ class AcceleratorSavingMixin(_Base):
         own = together(lambda: checkpoint.of_this_rank(weights_only), f"cannot read {checkpoint.path}")
         together(lambda: self._take(rest, own, what), f"cannot load {checkpoint.path}")
 
+    def load_model(self, model: nn.Module, input_dir: str | os.PathLike[str]) -> None:
+        """Load the weights of one model that `save_state` wrote, and nothing else. Collective on the default group.
+
+        Args:
+            model: that was prepared, or what it was prepared from; the checkpoint has no other.
+            input_dir: the directory.
+
+        Raises:
+            FileNotFoundError, ValueError: on every rank if there is no checkpoint, it is damaged, or it does not fit.
+        """
+        alone_if_alone(self.device)
+        self.wait_for_save()
+        module = self.unwrap_model(model)
+        if (root := sharded_before(module)) is not None:
+            root.finish_updates()
+            root.release()
+        Checkpoint(_of_rank_zero(Path(input_dir).absolute())).load(module, (), verify=self._verify)
+
     def _path_to_load(self, input_dir: str | os.PathLike[str] | None) -> Path:
         def decide() -> Path:
             if input_dir is not None:

@@ -212,8 +212,9 @@ class MiCSModule(nn.Module):
         """Clear gradients, wherever the window has them."""
         super().zero_grad(set_to_none)
         parameters = [*self.parameters()]
-        for param in parameters if self.window.optimizer_shards is not None else ():
-            self.window.optimizer_shards.forget(param)
+        if (pieces := self.window.optimizer_shards) is not None:
+            for param in parameters:
+                pieces.forget(param)
         self.window.cleared(parameters)
 
     def as_output(self, loss: Callable[[], Tensor]) -> Tensor:
