@@ -151,7 +151,8 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         """Who shards with whom."""
         if self.mixed_precision == "fp16" and not self.native_amp:
             log.warning('mixed_precision="fp16" computes in fp32 on CPU, as in Accelerate; choose "bf16"')
-        atexit.register(self.wait_for_save)
+        if async_save:
+            atexit.register(self.saver.wait)
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -171,8 +172,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             ValueError: for an optimizer whose state cannot be sharded, before any collective.
         """
         for obj in args:
-            if isinstance(obj, Optimizer):
-                check_state(obj)
+            self._check_state(obj)
         sharded = [self.prepare_model(obj) if isinstance(obj, nn.Module) else obj for obj in args]
         return super().prepare(*sharded, device_placement=device_placement)
 
@@ -275,11 +275,15 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
         """Have an optimizer step the shards of the models that are prepared, or will be."""
         if not isinstance(optimizer, MiCSOptimizer):
-            check_state(optimizer)
+            self._check_state(optimizer)
             optimizer = MiCSOptimizer(optimizer, self.roots, self.scaler)
             mark_prepared(optimizer)
         self._follow(optimizer)
         return super().prepare_optimizer(optimizer)
+
+    def _check_state(self, obj: object) -> None:
+        if isinstance(obj, Optimizer) and not isinstance(obj, MiCSOptimizer) and self.topology.partition_size > 1:
+            check_state(obj)
 
     def _follow(self, optimizer: MiCSOptimizer) -> None:
         self._successors.follow(optimizer.optimizer)
@@ -342,9 +346,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             with super().accumulate(*models):
                 yield
         except Exception:
-            for root in models:
-                if isinstance(root, MiCSModule):
-                    root.abort()
+            _abort(root for root in models if isinstance(root, MiCSModule))
             raise
 
     @override
@@ -364,8 +366,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
                     stack.enter_context(root.window.backward())
                 super().backward(loss, **kwargs)
         except BaseException:
-            for root in called:
-                root.abort()
+            _abort(called)
             raise
 
     @contextmanager
@@ -447,11 +448,17 @@ class Calls:
             root.release()
 
 
+def _abort(roots: Iterable[MiCSModule]) -> None:
+    for root in roots:
+        root.abort()
+        Calls.of(root).for_training = 0
+
+
 def _take_several_forwards(root: MiCSModule) -> None:
     if root.window.optimizer_shards is not None:
         raise RuntimeError(
             'optimizer_state="world" needs a backward after each forward, and the model is called twice before one; '
-            'call it once on both inputs, or choose optimizer_state="partition"'
+            'call it once on both inputs, evaluate under torch.no_grad(), or choose optimizer_state="partition"'
         )
     log.info("the model is called several times before a backward: hop 2 begins when backward is over")
     root.one_backward = False

@@ -113,7 +113,7 @@ class AcceleratorSavingMixin(_Base):
             loaders=[_state_of_loader(loader) for loader in what.loaders],
             wait=bool(what.before_save),
         )
-        if self.is_main_process and output_dir is None:
+        if self.is_main_process and self.project_configuration.automatic_checkpoint_naming:
             self.saver.afterwards(partial(_remove_oldest, path.parent, self.project_configuration.total_limit))
         for hook in what.before_save:  # which may write into the directory: there is none before
             hook(what.models, [], str(path))

@@ -2,13 +2,13 @@
 
 A `transformers.Trainer` whose accelerator is a `MiCSAccelerator`. What it overrides has names with an underscore, as
 Trainer leaves no others for these: the arguments of the accelerator that it makes, the model that it trains and
-evaluates, and the files of a checkpoint that would hold one rank's shards. tests/distributed/test_hugging_face_trainer.py
-notices if they move.
+evaluates, and the files of a checkpoint that would hold one rank's shards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from typing_extensions import override
 
 from lightning_mics.accelerate import MiCSAccelerator, check_no_other_sharding
 from lightning_mics.arguments import sharded_before
-from lightning_mics.checkpoint import Checkpoint
 
 STATE = "mics"
 """The folder of a Trainer's checkpoint in which `MiCSAccelerator.save_state` writes."""
@@ -49,11 +48,9 @@ class MiCSTrainer(Trainer):
         """Make a `MiCSAccelerator` of what Trainer would make an `Accelerator` of."""
         _check(self.args)
         super().create_accelerator_and_postprocess()
-        plain, self.accelerator = self.accelerator, MiCSAccelerator(**self._mics, **self._of_accelerator)
-        gather = getattr(self.gather_function, "func", self.gather_function)
-        assert gather == plain.gather_for_metrics
+        self.accelerator = MiCSAccelerator(**self._mics, **self._of_accelerator)
         options = getattr(self.gather_function, "keywords", {})
-        self.gather_function = lambda data, **more: self.accelerator.gather_for_metrics(data, **{**options, **more})
+        self.gather_function = partial(self.accelerator.gather_for_metrics, **options)
 
     @override
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
