@@ -1,4 +1,4 @@
-"""Differences between versions of torch and Lightning, and every private name this package touches.
+"""Differences between versions of torch, Lightning and Accelerate, and every private name this package touches.
 
 Nothing else in the package imports a private name or asks for a version. Each entry says why it is here and which
 test would notice if it moved.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ __all__ = [
     "RESET_METHODS",
     "FakeTensor",
     "FakeTensorMode",
+    "Prepared",
     "TorchDispatchMode",
     "all_gather_single",
     "allow_wide_gradients",
@@ -40,8 +41,10 @@ __all__ = [
     "handlers_before_lightning",
     "in_backward",
     "link_by",
+    "mark_prepared",
     "mark_saved",
     "named_files",
+    "prepared",
     "reduce_held_gradients",
     "reduce_scatter_single",
     "reduce_unused_params",
@@ -54,6 +57,20 @@ __all__ = [
     "tree_unflatten",
     "unset_fake_temporarily",
 ]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """See `prepared`."""
+
+    models: list[Any]
+    optimizers: list[Any]
+    schedulers: list[Any]
+    loaders: list[Any]
+    objects: list[Any]
+    before_save: tuple[Callable[..., None], ...]
+    before_load: tuple[Callable[..., None], ...]
+
 
 # Older spellings keep torch 2.11 working; 2.13 is the floor that is tested.
 HAS_UNUSED_PARAMS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
@@ -235,3 +252,27 @@ def train_loader(trainer: Any) -> Any:
     Test: tests/distributed/test_planning.py.
     """
     return trainer.fit_loop._data_source.dataloader()
+
+
+def prepared(accelerator: Any) -> Prepared:
+    """What an `accelerate.Accelerator` has prepared and registered, which it keeps under private names.
+
+    The lists are its own. Test: tests/distributed/test_accelerate.py.
+    """
+    return Prepared(
+        models=accelerator._models,
+        optimizers=accelerator._optimizers,
+        schedulers=accelerator._schedulers,
+        loaders=accelerator._dataloaders,
+        objects=accelerator._custom_objects,
+        before_save=tuple(accelerator._save_model_state_pre_hook.values()),
+        before_load=tuple(accelerator._load_model_state_pre_hook.values()),
+    )
+
+
+def mark_prepared(prepared: Any) -> None:
+    """Have `Accelerator.prepare` take an object as it is, and no other wrapper around it.
+
+    Accelerate marks what it returns by an attribute with an underscore. Test: tests/distributed/test_accelerate.py.
+    """
+    prepared._is_accelerate_prepared = True

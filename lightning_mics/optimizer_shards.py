@@ -67,7 +67,7 @@ class OptimizerShards:
         self._replica = groups.world_mesh.get_local_rank("replica")
         self._pieces: dict[int, nn.Parameter] = {}
         self._under_way: dict[int | None, Transfer] = {}
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._parameters = {id(param) for param in parameters}
         self._on_step = on_step
         self._stepping = self._closed = False
@@ -77,8 +77,8 @@ class OptimizerShards:
 
     def hold(self) -> None:
         """Replace parameters in the optimizer's groups by pieces, those of groups that were added since as well."""
-        state = self._optimizer.state
-        for group in self._optimizer.param_groups:
+        state = self.optimizer.state
+        for group in self.optimizer.param_groups:
             for number, param in enumerate(group["params"]):
                 if id(param) in self._parameters:
                     piece = self._pieces[id(param)] = self._piece_of(param)
@@ -227,7 +227,7 @@ class OptimizerShards:
                 its own, and the other replicas' are not.
         """
         if self._stepping and self._closed:
-            raise RuntimeError(_SEVERAL_FORWARDS.format(type(self._optimizer).__name__))
+            raise RuntimeError(_SEVERAL_FORWARDS.format(type(self.optimizer).__name__))
 
     def abort(self) -> None:
         """A step that was begun may not have ended, and will not."""

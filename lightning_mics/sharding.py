@@ -213,6 +213,15 @@ class MiCSModule(nn.Module):
         for each in (block, *self._ahead.get(block, ())):
             shards.finish(each)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, wherever the window has them."""
+        super().zero_grad(set_to_none)
+        parameters = [*self.parameters()]
+        if (pieces := self.window.optimizer_shards) is not None:
+            for param in parameters:
+                pieces.forget(param)
+        self.window.cleared(parameters)
+
     def as_output(self, loss: Callable[[], Tensor]) -> Tensor:
         """The loss to call backward on when that happens inside the module's own forward (manual optimization).
 

@@ -14,7 +14,7 @@ of its own piece, with the optimizer; see `optimizer_shards`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -226,6 +226,28 @@ class Window:
         for param in self._narrow if self._sums else ():
             if param.grad is not None and param.grad.dtype != param.dtype:
                 param.grad = param.grad.to(param.dtype)
+
+    def clears(self, params: Collection[Tensor]) -> None:
+        """Before gradients of `params` are cleared by hand: held ones are where they can be told from others'.
+
+        Collective on the partition group, if `params` are some of those that train and gradients are held.
+        """
+        if self._held is not None and not self._are_all(params):
+            self._held.reduce()
+            self._finish_hop_1()
+
+    def cleared(self, params: Collection[Tensor]) -> None:
+        """After that, as by an optimizer's `zero_grad`: where no gradient is left, another window begins."""
+        gone = {id(param) for param in params}
+        self._usage.forget(param for param in self._parameters if id(param) in gone)
+        if self._are_all(params) or all(param.grad is None for param in self._parameters):
+            self._forget_sums()
+            if self._micro_steps:
+                self._next_rung()
+
+    def _are_all(self, params: Collection[Tensor]) -> bool:
+        given = {id(param) for param in params}
+        return all(id(param) in given for param in self._parameters if param.requires_grad)
 
     def drop(self) -> None:
         """Forget the window: no gradient, nothing under way. Updates of the last step are none of it."""

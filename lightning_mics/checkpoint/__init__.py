@@ -16,6 +16,7 @@ from lightning_mics.checkpoint.single_file import (
 )
 from lightning_mics.checkpoint.snapshot import Snapshot
 from lightning_mics.checkpoint.verification import Verify
+from lightning_mics.checkpoint.whole import whole_state_dict
 from mics_tools.manifest import DamagedCheckpoint, Manifest
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "optimizer_state_by_name",
     "part_of",
     "set_rng_state",
+    "whole_state_dict",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +55,7 @@ class Saver:
         module: nn.Module,
         rng: Mapping[str, Any] | None = None,
         *,
+        loaders: Sequence[Any] | None = None,
         wait: bool = False,
     ) -> None:
         """Save `checkpoint`, as Lightning dumps it. Collective on the default group; the first time it makes one.
@@ -64,6 +65,7 @@ class Saver:
             checkpoint: see `Snapshot.take`.
             module: see `Snapshot.take`.
             rng: see `Snapshot.take`.
+            loaders: see `Snapshot.take`.
             wait: return when it is on the disk, though this saver is asynchronous.
 
         Raises:
@@ -74,7 +76,8 @@ class Saver:
             self._given_up.join()
         self.prepare()
         memory = None if wait else self._memory
-        take = partial(Snapshot.take, checkpoint, module, self._topology, rng=rng, writers=self._writers, memory=memory)
+        take = partial(Snapshot.take, checkpoint, module, self._topology, rng=rng, loaders=loaders)
+        take = partial(take, writers=self._writers, memory=memory)
         snapshot = together(take, f"cannot save {path}", self._group)
         if memory is None:
             Checkpoint(path).write(snapshot, self._group)

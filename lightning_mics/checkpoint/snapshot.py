@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import platform
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -99,6 +99,7 @@ class Snapshot:
         topology: Topology,
         *,
         rng: Mapping[str, Any] | None = None,
+        loaders: Sequence[Any] | None = None,
         writers: Writers = Writers.ALL,
         memory: HostMemory | None = None,
     ) -> Snapshot:
@@ -110,10 +111,12 @@ class Snapshot:
             module: the module of the state dict; tells which names are tied and hence one tensor.
             topology: of the run.
             rng: this rank's random state; by default that of its generators now.
+            loaders: where this rank's loaders are; by default what `checkpoint` has of that among Lightning's loops.
             writers: which ranks write.
             memory: where to copy this rank's pieces to; by default they are not copied.
         """
         tensors, rest = split(checkpoint, module)
+        loaders = loader_states(checkpoint) if loaders is None else [*loaders]
         kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for key, tensor in tensors.items():
             kinds["optimizer" if key.startswith(OPTIMIZER) else "model"][key] = tensor
@@ -124,7 +127,7 @@ class Snapshot:
             tensors={key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()},
             pieces=pieces,
             rest=_serialised(rest) if dist.get_rank() == 0 else b"",
-            own=_serialised({"rng": rng or get_rng_state(), "loaders": loader_states(checkpoint)}),
+            own=_serialised({"rng": rng or get_rng_state(), "loaders": loaders}),
             topology=topology,
             writers=writers,
             step=int(checkpoint.get("global_step", 0)),
