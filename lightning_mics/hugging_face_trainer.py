@@ -49,7 +49,7 @@ class MiCSTrainer(Trainer):
         _check(self.args)
         super().create_accelerator_and_postprocess()
         self.accelerator = MiCSAccelerator(**self._mics, **self._of_accelerator)
-        options = getattr(self.gather_function, "keywords", {})
+        options = getattr(vars(self)["gather_function"], "keywords", {})
         self.gather_function = partial(self.accelerator.gather_for_metrics, **options)
 
     @override
