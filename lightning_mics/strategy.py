@@ -38,13 +38,12 @@ from lightning_mics.planner.plan import Workload
 from lightning_mics.planning import Asked, apply_batch, decide
 from lightning_mics.precision import OF_TRAINERS, Precision
 from lightning_mics.preemption import Preemption
+from lightning_mics.refusals import check_callbacks, check_not_in_backward, check_optimizers
 from lightning_mics.saving import SavingMixin
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
 
 _SHARDED = "_mics_module"
-# Lightning's callbacks that copy parameters whole, in either tree of classes.
-_WHOLE_COPIES = ("StochasticWeightAveraging", "WeightAveraging")
 # Where a module or a callback may read parameters after an optimizer step and before the next forward.
 _BETWEEN_STEP_AND_FORWARD = (
     "optimizer_step",
@@ -235,6 +234,8 @@ class MiCSStrategyMixin(SavingMixin):
 
     @override
     def setup_environment(self) -> None:
+        if self.lightning_module is not None:
+            check_callbacks(self.lightning_module.trainer.callbacks)  # type: ignore[attr-defined]
         super().setup_environment()
         self._set_world_ranks()
         self._init_process_group()
@@ -276,13 +277,8 @@ class MiCSStrategyMixin(SavingMixin):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if any(base.__name__ in _WHOLE_COPIES for base in type(callback).__mro__):
-                raise ValueError(
-                    f"{type(callback).__name__} averages copies of whole parameters and cannot average shards; leave "
-                    'it out, or train with strategy="ddp"'
-                )
         assert self.lightning_module is not None
+        check_not_in_backward(self.lightning_module)
         fits, manual = trainer.state.fn == "fit", not self.lightning_module.automatic_optimization
         if fits and manual and self._optimizer_state == OptimizerState.WORLD:
             raise ValueError(
@@ -343,6 +339,7 @@ class MiCSStrategyMixin(SavingMixin):
         precision = self._precision_for(self.precision_plugin, whole=self.topology.partition_size == 1)
         sharded = model.__dict__.get(_SHARDED)
         if sharded is None:
+            model = self._synchronized(model)
             sharded = shard(
                 model,
                 self._groups,
@@ -363,6 +360,18 @@ class MiCSStrategyMixin(SavingMixin):
         sharded.one_backward = bool(getattr(model, "automatic_optimization", True))
         return sharded  # type: ignore[no-any-return]
 
+    def _synchronized(self, model: nn.Module) -> nn.Module:
+        """With batch norms over all ranks, if the Trainer is asked for them."""
+        assert self.lightning_module is not None
+        if not self._layer_sync or self.lightning_module.trainer.state.fn != "fit":
+            return model
+        if self.root_device.type == "cpu":
+            raise ValueError(
+                "sync_batchnorm=True: torch synchronises batch norms on accelerators alone; leave it out on a CPU"
+            )
+        synchronized: nn.Module = self._layer_sync.apply(model)
+        return synchronized
+
     def _precision_for(self, plugin: Any, whole: bool) -> Precision:
         if self._precision.param_dtype is not None or whole:  # autocast does for whole ones
             return self._precision
@@ -381,6 +390,8 @@ class MiCSStrategyMixin(SavingMixin):
                     f'optimizer_state="world": when a window ends, {", ".join(watching)} will find gradients in '
                     "pieces, with what optimizer.param_groups holds; the module's own parameters have none then"
                 )
+        if self.mics.gathering or self._optimizer_state == OptimizerState.WORLD:
+            check_optimizers(self.optimizers)
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from lightning_mics.checkpoint.optimizer import optimizer_state_by_name
 from lightning_mics.checkpoint.pieces import Writers
 from lightning_mics.checkpoint.rng import TrainingRng, get_rng_state, set_rng_state
 from lightning_mics.checkpoint.saver import Saver
-from lightning_mics.checkpoint.single_file import SingleFile, consolidate, is_remote, load_whole_state_dict
+from lightning_mics.checkpoint.single_file import SingleFile, consolidate, is_remote, load_whole_state_dict, part_of
 from lightning_mics.checkpoint.snapshot import Snapshot
 from lightning_mics.checkpoint.verification import Verify
 from mics_tools.manifest import DamagedCheckpoint, Manifest
@@ -27,5 +27,6 @@ __all__ = [
     "is_remote",
     "load_whole_state_dict",
     "optimizer_state_by_name",
+    "part_of",
     "set_rng_state",
 ]

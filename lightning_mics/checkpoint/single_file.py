@@ -150,7 +150,7 @@ def _as_in(target: object, value: object, key: str) -> object:
         raise ValueError(
             f"{key}: saved as {value.dtype}, the module has {target.dtype}; build the model that was saved"
         )
-    return _part_of(value, target)
+    return part_of(value, target)
 
 
 def _by_name(module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> StateByName:
@@ -163,14 +163,14 @@ def _by_name(module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) 
 
 def _sharded_state(held: Mapping[str, Tensor], state: StateByName) -> StateByName:
     sharded = {
-        name: {k: _part_of(v, held[name]).clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
+        name: {k: part_of(v, held[name]).clone() if isinstance(v, Tensor) else v for k, v in fields.items()}
         for name, fields in state["state"].items()
     }
     return {**state, "state": sharded}
 
 
-def _part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of `whole`, sharded as `like` is where it has its shape."""
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of `whole`, sharded as `like` is where it has its shape. No communication."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     mesh, local = like.device_mesh, whole
