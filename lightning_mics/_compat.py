@@ -52,6 +52,7 @@ __all__ = [
     "sampler_within",
     "script_launcher",
     "set_received_sigterm",
+    "steps_in_backward",
     "train_loader",
     "tree_flatten",
     "tree_unflatten",
@@ -178,6 +179,15 @@ def allow_wide_gradients(param: nn.Parameter) -> None:
     `Tensor.grad_dtype` is public from torch 2.10. Test: tests/distributed/test_precision.py.
     """
     param.grad_dtype = None
+
+
+def steps_in_backward(param: nn.Parameter) -> bool:
+    """Whether an optimizer has been applied to `param` by `_apply_optimizer_in_backward`.
+
+    torch has neither that function nor the mark that it leaves under a public name.
+    Test: tests/distributed/test_lightning_features.py.
+    """
+    return hasattr(param, "_in_backward_optimizers")
 
 
 def script_launcher(tree: str) -> Any:

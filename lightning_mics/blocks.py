@@ -7,7 +7,7 @@ layers of a model are found without being told; a class, a predicate or a wrap p
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -177,6 +177,14 @@ def tied_across_blocks(module: nn.Module, found: Sequence[Block]) -> list[nn.Par
     return [getattr(*slot) for key, slot in where.items() if len(holders[key]) > 1 and "" not in holders[key]]
 
 
+def take_scalars(slots: Mapping[str, list[Slot]]) -> list[Slot]:
+    """Remove from `slots` those of parameters without dimensions, which have no rows to shard."""
+    scalars = [slot for where in slots.values() for slot in where if not getattr(*slot).ndim]
+    for where in slots.values():
+        where[:] = [slot for slot in where if getattr(*slot).ndim]
+    return scalars
+
+
 def parameters_at(slots: Sequence[Slot]) -> tuple[nn.Parameter, ...]:
     """What is registered there."""
     return tuple(getattr(owner, name) for owner, name in slots)
@@ -186,9 +194,11 @@ def _holders(module: nn.Module, found: Sequence[Block]) -> tuple[dict[int, set[s
     """By a parameter's id: the blocks that hold it, and where it is registered; in the root, if it is there too."""
     holders: defaultdict[int, set[str]] = defaultdict(set)
     where: dict[int, Slot] = {}
-    prefixes = {block.name for block in found}
-    for module_name, holder in module.named_modules(remove_duplicate=False):
-        owner = _block_of(module_name, prefixes)
+    by_module = {id(block.module): block.name for block in found}
+    everywhere = [*module.named_modules(remove_duplicate=False)]
+    blocks = {name: by_module[id(holder)] for name, holder in everywhere if id(holder) in by_module}
+    for module_name, holder in everywhere:
+        owner = _block_of(module_name, blocks)
         for name, param in holder.named_parameters(recurse=False):
             holders[id(param)].add(owner)
             if owner == "" or id(param) not in where:
@@ -196,6 +206,8 @@ def _holders(module: nn.Module, found: Sequence[Block]) -> tuple[dict[int, set[s
     return holders, where
 
 
-def _block_of(name: str, blocks: set[str]) -> str:
+def _block_of(name: str, blocks: Mapping[str, str]) -> str:
+    """The block in which a module is; `blocks` are names by each place where one is registered."""
     parts = name.split(".")
-    return next((".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in blocks), "")
+    above = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+    return next((blocks[place] for place in above if place in blocks), "")

@@ -1,4 +1,4 @@
-"""Callbacks for any model: what a run is made of, and how fast it goes.
+"""Callbacks for any model: what a run is made of, how fast it goes, and the average of its weights.
 
 They read the Trainer and the batch alone, so they serve under every strategy; what only MiCS has is shown where the
 strategy is MiCS.
@@ -16,7 +16,9 @@ from rich import get_console
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_mics.strategy import MiCSStrategy
+from lightning_mics.averages import AVERAGE, CURRENT, Averages
+from lightning_mics.checkpoint import part_of
+from lightning_mics.strategy import MiCSStrategy, MiCSStrategyMixin
 from lightning_mics.version import __version__
 from mics_tools.units import in_units
 
@@ -120,6 +122,131 @@ class Throughput(pl.Callback):
 
     def _begin(self, trainer: pl.Trainer) -> None:
         self._since, self._counted, self._step = time.perf_counter(), 0, trainer.global_step
+
+
+class WeightAveraging(pl.Callback):
+    """Averages the weights along training: sharded as they are, in fp32, without communication.
+
+    Validation within a fit runs on the averages, and so does all that begins with a checkpoint of this run or follows
+    on the fit: a checkpoint has the averages where the weights are looked for, to be tested or exported, and the
+    weights beside them, from which `ckpt_path=` goes on, with the averages. (One that is saved with
+    `save_weights_only=True` has the weights alone, as Lightning's own averages have it.) Buffers are not averaged.
+
+    Args:
+        decay: of the exponential moving average; None for the equal mean of all updates, as stochastic weight
+            averaging has it.
+        every_n_steps: optimizer steps between updates.
+        start_step: the first optimizer step, from 1, after which there is an update.
+        validate: whether validation within a fit runs on the averages, once there are any.
+
+    Raises:
+        ValueError: for a `decay` outside (0, 1), or steps that are not positive.
+        TypeError: in a fit under another strategy.
+    """
+
+    def __init__(
+        self,
+        decay: float | None = 0.999,
+        *,
+        every_n_steps: int = 1,
+        start_step: int = 1,
+        validate: bool = True,
+    ) -> None:
+        if decay is not None and not 0 < decay < 1:
+            raise ValueError(f"decay={decay} must be between 0 and 1, or None for the equal mean")
+        for name, value in {"every_n_steps": every_n_steps, "start_step": start_step}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        self.decay, self.every_n_steps, self.start_step, self.validate = decay, every_n_steps, start_step, validate
+        self.averages: Averages | None = None
+        self._step = 0
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = trainer.strategy
+        if not isinstance(strategy, MiCSStrategyMixin):
+            raise TypeError(
+                f"{type(self).__name__} averages the shards of MiCSStrategy, and the strategy is "
+                f"{type(strategy).__name__}; use lightning.pytorch.callbacks.EMAWeightAveraging there"
+            )
+        self._at_rest(trainer)
+        self.averages = strategy.averages = Averages(pl_module, self.decay)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step  # which a checkpoint may have set
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step:
+            return
+        self._step = step
+        if step >= self.start_step and (step - self.start_step) % self.every_n_steps == 0:
+            self._at_rest(trainer)
+            self._kept.update()
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and self.validate and self._kept.updates:
+            self._at_rest(trainer)
+            self._kept.show()
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        self._kept.hide()
+        self._at_rest(trainer)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.averages is not None:
+            self.averages.hide()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._kept.updates:
+            self._at_rest(trainer)
+            self._kept.copy_to_module()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.averages is not None and self.averages.updates:
+            state = self.averages.into(checkpoint["state_dict"])
+            checkpoint["averages"] = {"updates": self.averages.updates, "state": state}
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.averages is None or trainer.state.fn != "fit":
+            return
+        saved = checkpoint.get("averages")
+        if saved is None:
+            self.averages.begin()
+            return
+        whole = {field: {n: f[field] for n, f in saved["state"].items() if field in f} for field in (AVERAGE, CURRENT)}
+        parts = {
+            field: {name: part_of(tensor, self.averages.target(name, field)) for name, tensor in tensors.items()}
+            for field, tensors in whole.items()
+        }
+        self.averages.loaded(saved["updates"], parts[AVERAGE], parts[CURRENT])
+
+    @property
+    def _kept(self) -> Averages:
+        assert self.averages is not None
+        return self.averages
+
+    def _at_rest(self, trainer: pl.Trainer) -> None:
+        """Shards are complete, and nothing is gathered that was made of other values."""
+        mics = trainer.strategy.mics  # type: ignore[attr-defined]
+        mics.finish_updates()
+        mics.release()
 
 
 def size_of(batch: Any) -> int:

@@ -202,6 +202,8 @@ class HopOne:
 
 
 def padded_numel(param: Tensor, partition_size: int) -> int:
-    """Elements that each of `partition_size` ranks has room for when `param` is sharded in dim 0."""
+    """Elements that each of `partition_size` ranks has room for when `param` is sharded in dim 0, if it has one."""
+    if not param.ndim:
+        return 1
     rows = param.shape[0]
     return -(-rows // partition_size) * (param.numel() // rows) if rows else 0

@@ -80,7 +80,7 @@ class OptimizerShards:
         state = self.optimizer.state
         for group in self.optimizer.param_groups:
             for number, param in enumerate(group["params"]):
-                if id(param) in self._parameters:
+                if id(param) in self._parameters and param.ndim:  # otherwise there are no rows
                     piece = self._pieces[id(param)] = self._piece_of(param)
                     group["params"][number] = piece
                     if param in state:
@@ -278,7 +278,7 @@ def parameter_of(held: Tensor) -> Tensor:
 def room(param: Tensor, topology: Topology) -> int:
     """Elements that each rank has room for when the padded shard of `param` is split over the replicas in dim 0."""
     shard = padded_numel(param, topology.partition_size)
-    row = param.numel() // param.shape[0] if shard else 1
+    row = param.numel() // param.shape[0] if shard and param.ndim else 1
     return -(-shard // row // topology.replicas) * row
 
 

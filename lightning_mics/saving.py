@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics._compat import link_by, mark_saved
+from lightning_mics.averages import Averages
 from lightning_mics.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -65,6 +66,8 @@ class SavingMixin(_Base):
         self._rng = TrainingRng()
         self._still_named: list[Path] = []
         self._place: Place | None = None  # in the training data, to be taken up
+        self.averages: Averages | None = None
+        """Of the weights, if a callback keeps them."""
 
     @property
     def saver(self) -> Saver:
@@ -175,6 +178,11 @@ class SavingMixin(_Base):
         else:
             checkpoint, rest = self._load_directory(Path(where), module, fits, weights_only)
             self._place = self._resume(checkpoint, rest, weights_only) if fits else None
+        if fits and "averages" in rest and self.averages is None:
+            rank_zero_warn(
+                f"{where} holds averaged weights, and training goes on from them; to go on from those that it had, add "
+                "the callback WeightAveraging"
+            )
         for callback in module.trainer.checkpoint_callbacks if fits else ():
             mark_saved(callback, rest["global_step"])
         return rest
@@ -189,6 +197,7 @@ class SavingMixin(_Base):
             strict=module.strict_loading,
             weights_only=weights_only,
             verify=self._verify,
+            averages=self.averages if fits else None,
         )
         checkpoint = Checkpoint(path)
         try:

@@ -32,6 +32,7 @@ from lightning_mics.blocks import (
     has_parameters,
     parameters_at,
     slots_by_owner,
+    take_scalars,
     tied_across_blocks,
 )
 from lightning_mics.climb import Budget, Climb
@@ -51,6 +52,7 @@ from lightning_mics.wire import Wire
 _UNCHANGED = Precision()
 
 OUTSIDE = "what lies outside the blocks"
+ON_EVERY_RANK = "parameters without dimensions"
 
 
 class MiCSModule(nn.Module):
@@ -272,7 +274,8 @@ class MiCSModule(nn.Module):
 
     def _account(self) -> Account:
         pieces = self.window.optimizer_shards
-        return Account(self.window.buckets, self.wire, self.groups, self.precision, not self.gathering, pieces)
+        buckets = [bucket for bucket in self.window.buckets if not bucket.on_every_rank]
+        return Account(buckets, self.wire, self.groups, self.precision, not self.gathering, pieces)
 
     def describe(self) -> str:
         """The choice of blocks, for people."""
@@ -320,24 +323,25 @@ def shard(
 
     Returns:
         The root to call; `module`'s parameters are now DTensors on the partition mesh, unless they are kept whole.
+        Parameters without dimensions have no rows, and stay whole on every rank.
 
     Raises:
-        ValueError: on every rank before any collective, for a scalar parameter, a block of mixed dtypes, or a module
-            that is sharded over other ranks already.
+        ValueError: on every rank before any collective, for a block of mixed dtypes, or a module that is sharded over
+            other ranks already.
     """
     if rung != AUTO:
         rung = Rung.parse(rung)
     Budget(memory_budget)
-    _check_no_scalars(module)
     found = find_blocks(module, blocks) if has_parameters(module) else ()
     _check_sharded_by_user(module, groups)
     root = MiCSModule(module, groups, precision)
     slots = slots_by_owner(module, found)
-    root.tied_across_blocks.extend(tied_across_blocks(module, found))
+    whole = is_kept_whole(module, groups.topology.partition_size, precision)
+    scalars = [] if whole else take_scalars(slots)
+    root.tied_across_blocks.extend(p for p in tied_across_blocks(module, found) if p.ndim)
     _check_dtypes(slots)
 
     _equalize_user_shards(module, groups)
-    whole = is_kept_whole(module, groups.topology.partition_size, precision)
     seed = common_seed(groups.device)
     materialize(module, _modules_outside(module, found), groups.device, seed)
     for block in found:
@@ -349,12 +353,12 @@ def shard(
         if not whole:
             _shard_block(block.module, slots[block.name], groups, precision)
     if not whole:
-        _shard_root(root, slots[""], groups, precision)
+        _shard_root(root, slots[""], groups, precision, ignored=parameters_at(scalars))
 
     root.blocks = found
     root.wire = Wire.create(groups, network, precision.between_nodes)
     _install_comms(root, slots)
-    _install_window(root, slots)
+    _install_window(root, slots, scalars)
     _finish_updates_before_state_dicts(root)
     root.set_rung(rung, memory_budget)
     return root
@@ -374,8 +378,15 @@ def _shard_block(module: nn.Module, slots: list[Slot], groups: Groups, precision
     )
 
 
-def _shard_root(root: MiCSModule, slots: list[Slot], groups: Groups, precision: Precision) -> None:
-    fully_shard(root, mesh=groups.partition_mesh, mp_policy=_policy(precision, parameters_at(slots)))
+def _shard_root(
+    root: MiCSModule, slots: list[Slot], groups: Groups, precision: Precision, ignored: Sequence[nn.Parameter]
+) -> None:
+    fully_shard(
+        root,
+        mesh=groups.partition_mesh,
+        mp_policy=_policy(precision, parameters_at(slots)),
+        ignored_params={*ignored} or None,
+    )
     register_fsdp_forward_method(root, "as_output")
     _gather_again_inside_forward(root, slots)
     root.gathering = tuple(module for module in root.modules() if isinstance(module, FSDPModule))
@@ -427,7 +438,7 @@ def _gathering(root: MiCSModule) -> dict[str, Any]:
     return {block.name: block.module for block in root.blocks} | {"": root}
 
 
-def _install_window(root: MiCSModule, slots: dict[str, list[Slot]]) -> None:
+def _install_window(root: MiCSModule, slots: dict[str, list[Slot]], scalars: list[Slot]) -> None:
     root.order = BlockOrder(root.blocks)
     root.order.before_call = root._await_updates
     gathering = _gathering(root)
@@ -437,6 +448,8 @@ def _install_window(root: MiCSModule, slots: dict[str, list[Slot]]) -> None:
         Bucket(name or OUTSIDE, parameters_at(slots[name]), index, root.hops_1.get(gathering[name]))
         for index, name in [*reversed(blocks), (None, "")]
     ]
+    if scalars:
+        buckets.insert(-1, Bucket(ON_EVERY_RANK, parameters_at(scalars), None, None, on_every_rank=True))
     root.residency = Residency(
         [block.module for block in root.blocks if not whole],
         root,
@@ -445,13 +458,14 @@ def _install_window(root: MiCSModule, slots: dict[str, list[Slot]]) -> None:
     )
     dtypes = {p.dtype for bucket in buckets for p in bucket.parameters if p.requires_grad} or {torch.float32}
     widest = functools.reduce(torch.promote_types, dtypes)
+    used_by = {module: slots[name] + scalars * (not name) for name, module in gathering.items()}
     root.window = Window(
         buckets,
         root.groups,
         root.wire.hop_2,
         root.order,
         # Alone, a rank knows by `.grad` itself what it used.
-        Usage({module: slots[name] for name, module in gathering.items()} if not (whole and alone) else {}),
+        Usage(used_by if not (whole and alone) else {}),
         root.residency,
         HeldGradients(root) if root.hops_1 else None,
         kept_whole=whole,
@@ -479,15 +493,6 @@ def _modules_outside(root: nn.Module, found: tuple[Block, ...]) -> Iterator[tupl
 
 
 # -- checks, before any collective -------------------------------------------------------------------------------------
-
-
-def _check_no_scalars(module: nn.Module) -> None:
-    scalars = [name for name, p in module.named_parameters() if p.ndim == 0]
-    if scalars:
-        raise ValueError(
-            f"{', '.join(scalars)}: a parameter without dimensions cannot be sharded; give it the shape (1,), as in "
-            "nn.Parameter(torch.ones(1))"
-        )
 
 
 def _check_sharded_by_user(module: nn.Module, groups: Groups) -> None:

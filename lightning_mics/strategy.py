@@ -33,13 +33,12 @@ from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner.plan import Workload
 from lightning_mics.planning import Asked, apply_batch, decide
 from lightning_mics.preemption import Preemption
+from lightning_mics.refusals import check_callbacks, check_not_in_backward, check_optimizers
 from lightning_mics.running import RunningMixin
 from lightning_mics.saving import SavingMixin
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.topology import PartitionSize
 
-# Lightning's callbacks that copy parameters whole, in either tree of classes.
-_WHOLE_COPIES = ("StochasticWeightAveraging", "WeightAveraging")
 # Where a module or a callback may read parameters after an optimizer step and before the next forward.
 _BETWEEN_STEP_AND_FORWARD = (
     "optimizer_step",
@@ -186,6 +185,8 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
 
     @override
     def setup_environment(self) -> None:
+        if self.lightning_module is not None:
+            check_callbacks(self.lightning_module.trainer.callbacks)  # type: ignore[attr-defined]
         super().setup_environment()
         self._set_world_ranks()
         self._init_process_group()
@@ -204,13 +205,8 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if any(base.__name__ in _WHOLE_COPIES for base in type(callback).__mro__):
-                raise ValueError(
-                    f"{type(callback).__name__} averages copies of whole parameters and cannot average shards; leave "
-                    'it out, or train with strategy="ddp"'
-                )
         assert self.lightning_module is not None
+        check_not_in_backward(self.lightning_module)
         fits, manual = trainer.state.fn == "fit", not self.lightning_module.automatic_optimization
         if fits and manual and self._optimizer_state == OptimizerState.WORLD:
             raise ValueError(
@@ -267,9 +263,23 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
 
     @override
     def _setup_model(self, model: nn.Module) -> MiCSModule:
+        if sharded_before(model) is None:
+            model = self._synchronized(model)
         return self._sharded(
             model, self.precision_plugin, one_backward=bool(getattr(model, "automatic_optimization", True))
         )
+
+    def _synchronized(self, model: nn.Module) -> nn.Module:
+        """With batch norms over all ranks, if the Trainer is asked for them."""
+        assert self.lightning_module is not None
+        if not self._layer_sync or self.lightning_module.trainer.state.fn != "fit":
+            return model
+        if self.root_device.type == "cpu":
+            raise ValueError(
+                "sync_batchnorm=True: torch synchronises batch norms on accelerators alone; leave it out on a CPU"
+            )
+        synchronized: nn.Module = self._layer_sync.apply(model)
+        return synchronized
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -284,6 +294,8 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
                     f'optimizer_state="world": when a window ends, {", ".join(watching)} will find gradients in '
                     "pieces, with what optimizer.param_groups holds; the module's own parameters have none then"
                 )
+        if self.mics.gathering or self._optimizer_state == OptimizerState.WORLD:
+            check_optimizers(self.optimizers)
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 

@@ -48,13 +48,15 @@ class Bucket:
         name: the block's, for people.
         parameters: DTensors on the partition mesh, or whole ones, of one dtype.
         block: index of the block in the order of execution, or None for what lies outside.
-        hop_1: carries their gradients through the partition group; None where p is 1.
+        hop_1: carries their gradients through the partition group; None where p is 1, or where they are on every rank.
+        on_every_rank: whether they are whole beside sharded ones, and hop 1 is an all-reduce at the boundary.
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     block: int | None
     hop_1: HopOne | None
+    on_every_rank: bool = False
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -394,12 +396,14 @@ class Window:
     def _launch(self, index: int) -> None:
         """Begin to average a bucket's gradients over the replication group."""
         self._launched = index + 1
-        if self._hop_2 is None:
-            return
         bucket = self.buckets[index]
         params = bucket.trainable
         if not self.one_backward:
             params = [p for p in params if p.grad is not None and index in self._unsynced]
+        if bucket.on_every_rank and params:
+            self._average_in_partition_group(params)
+        if self._hop_2 is None:
+            return
         hop_1 = bucket.hop_1.transfer if bucket.hop_1 is not None else None
         if self.optimizer_shards is not None and (held := [*filter(self.optimizer_shards.holds, params)]):
             mean = self.optimizer_shards.begin_reduce(bucket.name, held, [*map(self._local_gradient, held)], hop_1)
@@ -412,6 +416,13 @@ class Window:
                 for p in params
             ]
             self._carry(partial(self._average, shards, hop_1), f"hop 2 of {bucket.name}")
+
+    def _average_in_partition_group(self, params: Sequence[nn.Parameter]) -> None:
+        gradients = [self._local_gradient(p) for p in params]
+        flat = torch.stack(gradients)
+        dist.all_reduce(flat, group=self._groups.partition_group)
+        for gradient, mean in zip(gradients, flat.div_(self._groups.topology.partition_size), strict=True):
+            gradient.copy_(mean)
 
     def begin_updates(self) -> None:
         """After the optimizer's step: begin to gather what the replicas have updated, in the order of a forward."""

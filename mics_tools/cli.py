@@ -1,4 +1,4 @@
-"""The command line: `mics show | verify | export | probe | plan | simulate`.
+"""The command line: `mics show | verify | export | migrate | probe | plan | simulate`.
 
 Each command calls what Python users call; nothing can be done here alone. What needs torch is imported by the command
 that needs it, so that the others answer at once.
@@ -22,7 +22,8 @@ from rich.progress import Progress
 
 from mics_tools import atomic
 from mics_tools.manifest import DamagedCheckpoint, Manifest, check_kind
-from mics_tools.tables import overview
+from mics_tools.migrate import Target, migrated, read_json, to_yaml
+from mics_tools.tables import fates, overview
 from mics_tools.units import in_units
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -169,6 +170,28 @@ def export(
         _say(f"error: {error}", err=True)
         raise typer.Exit(_DAMAGED if isinstance(error, DamagedCheckpoint) else _IMPOSSIBLE) from None
     _say(f"written to {out}, {in_units(_size(out), 'B')}")
+
+
+@app.command()
+def migrate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="DeepSpeed's JSON configuration.")],
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("mics.yaml"),
+    to: Annotated[Target, typer.Option(help="lightning: for LightningCLI; accelerate: MiCSAccelerator's.")] = (
+        Target.LIGHTNING
+    ),
+    ranks: Annotated[int | None, typer.Option(min=1, help="Of the run; the window may follow from them.")] = None,
+) -> None:
+    """Write what a DeepSpeed configuration means here, and name the keys that have no counterpart.
+
+    mics migrate ds_config.json, then python train.py fit --config mics.yaml, or MiCSAccelerator(**yaml.safe_load(...)).
+    """
+    with _impossible_said():
+        if output.exists():
+            raise ValueError(f"{output} exists; give another file by --output")
+        migration = migrated(read_json(config), to, ranks)
+        output.write_text(to_yaml(migration, config.name), encoding="utf-8")
+    Console(markup=False, highlight=False).print(*fates(migration), sep="\n")
+    _say(f"written to {output}")
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""A manifest as tables for people: where the checkpoint comes from, and what it holds."""
+"""Tables for people: where a checkpoint comes from and what it holds; what a configuration has become."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from mics_tools.manifest import Manifest
+from mics_tools.migrate import Fate, Migration
 from mics_tools.units import in_units
 
 _PARTS = ("model", "optimizer")
@@ -17,6 +18,21 @@ _WRITERS = {"all": "all ranks", "group": "one partition group"}
 def overview(manifest: Manifest) -> list[Table]:
     """Where a checkpoint comes from, its tensors by part and dtype, its files by part."""
     return [_facts(manifest), _tensors(manifest), _files(manifest)]
+
+
+def fates(migration: Migration) -> list[Table]:
+    """Which keys were written, which need nothing, and which have no counterpart, each with what there is to say."""
+    tables = []
+    for fate in Fate:
+        keys: dict[str, list[str]] = defaultdict(list)
+        for told in migration.told:
+            if told.fate is fate:
+                keys[told.text].append(told.key)
+        if keys:
+            tables.append(table := Table(Column(fate, overflow="fold"), ""))
+            for text, alike in keys.items():
+                table.add_row("\n".join(alike), text)
+    return tables
 
 
 def _facts(manifest: Manifest) -> Table:

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 
-from lightning_mics.blocks import find_blocks
+from lightning_mics.blocks import find_blocks, parameters_at, slots_by_owner
 
 _BERT = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -115,7 +115,14 @@ def test_a_layer_shared_by_all_places_is_one_module_not_several() -> None:
     (shared,) = layers(1)
     assert names(nn.ModuleList([shared, shared, shared])) == []
     first, second = layers(2)
-    assert names(nn.ModuleList([first, second, first])) == ["0", "1"]
+    stack = nn.ModuleList([first, second, first])
+    assert names(stack) == ["0", "1"]
+    slots = slots_by_owner(stack, find_blocks(stack))
+    assert {name: parameters_at(where) for name, where in slots.items()} == {
+        "0": tuple(first.parameters()),
+        "1": tuple(second.parameters()),
+        "": (),
+    }
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
+from lightning_mics.averages import Averages
 from lightning_mics.checkpoint import metadata
 from lightning_mics.checkpoint.agreement import gathered, together
-from lightning_mics.checkpoint.flat import MODEL, OPTIMIZER, aliases_in, join, parts_of
+from lightning_mics.checkpoint.flat import AVERAGES, MODEL, OPTIMIZER, aliases_in, join, parts_of
 from lightning_mics.checkpoint.foreign import REST as FOREIGN_REST
 from lightning_mics.checkpoint.foreign import is_foreign, translated
 from lightning_mics.checkpoint.garbage import uncollected
@@ -146,6 +147,7 @@ class Checkpoint:
         strict: bool = True,
         weights_only: bool | None = None,
         verify: Verify = Verify.AUTO,
+        averages: Averages | None = None,
     ) -> dict[str, Any]:
         """Read tensors into `module` and `optimizers` in place, and return the rest. Collective on the default group.
 
@@ -155,6 +157,7 @@ class Checkpoint:
             strict: whether names missing on either side are an error.
             weights_only: of `torch.load`, for Lightning's part. Only False lets it run code.
             verify: how much is compared with the manifest first.
+            averages: of the module, to be read as well if there are any.
 
         Returns:
             What Lightning keeps beside optimizer state; "state_dict" is empty, as all of it is loaded.
@@ -171,6 +174,8 @@ class Checkpoint:
 
         def fit() -> dict[str, Any]:
             targets = self._model_targets(module, saved, strict)
+            if averages is not None:
+                targets |= {key: averages.target(*_of_average(key)) for key in saved if key.startswith(AVERAGES)}
             return targets | self._optimizer_targets(module, optimizers, saved, states) if optimizers else targets
 
         targets = together(fit, f"cannot load {self.path}")
@@ -312,6 +317,12 @@ class Checkpoint:
                 tensor = empty_like_saved(params[name], meta.size, meta.properties.dtype)
                 targets[key] = state.setdefault(name, {})[field] = tensor
         return targets
+
+
+def _of_average(key: str) -> tuple[str, str]:
+    """The parameter's name, and what is saved of it."""
+    name, field = key.removeprefix(AVERAGES).rsplit(".", 1)
+    return name, field
 
 
 def _manifest(snapshot: Snapshot, files: Mapping[str, File]) -> Manifest:

@@ -2,6 +2,7 @@
 
 model.<name>                       a parameter or buffer; a tied one under its first name
 optimizer.<number>.<name>.<what>   state of an optimizer for a parameter
+averages.<name>.<what>             of a parameter whose average is in its place in the model; see `averages`
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 MODEL = "model."
 OPTIMIZER = "optimizer."
+AVERAGES = "averages."
 TIED = "tied"
 
 
@@ -30,6 +32,10 @@ def split(checkpoint: dict[str, Any], module: nn.Module) -> tuple[dict[str, Tens
             tensors |= {f"{OPTIMIZER}{i}.{name}.{k}": v for k, v in fields.items() if isinstance(v, Tensor)}
             values[name] = {k: v for k, v in fields.items() if not isinstance(v, Tensor)}
         rest["optimizer_states"].append({"state": values, "param_groups": optimizer["param_groups"]})
+    if averages := checkpoint.get("averages"):
+        for name, fields in averages["state"].items():
+            tensors |= {f"{AVERAGES}{name}.{k}": v for k, v in fields.items()}
+        rest["averages"] = {**averages, "state": {}}
     return tensors, rest
 
 
@@ -39,6 +45,9 @@ def join(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     for key, tensor in tensors.items():
         if key.startswith(MODEL):
             state[key.removeprefix(MODEL)] = tensor
+        elif key.startswith(AVERAGES):
+            name, field = key.removeprefix(AVERAGES).rsplit(".", 1)
+            rest["averages"]["state"].setdefault(name, {})[field] = tensor
         else:
             i, name, field = parts_of(key)
             rest["optimizer_states"][i]["state"].setdefault(name, {})[field] = tensor

@@ -196,7 +196,7 @@ def _sharded_state(held: Mapping[str, Tensor], state: StateByName) -> StateByNam
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of `whole`, sharded as `like` is where it has its shape."""
+    """This rank's part of `whole`, sharded as `like` is where it has its shape. No communication."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole
     mesh, local = like.device_mesh, whole

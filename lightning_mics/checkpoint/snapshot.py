@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from lightning_mics._compat import named_files
-from lightning_mics.checkpoint.flat import OPTIMIZER, TIED, loader_states, split
+from lightning_mics.checkpoint.flat import MODEL, TIED, loader_states, split
 from lightning_mics.checkpoint.hugging_face import configurations
 from lightning_mics.checkpoint.pieces import Piece, Writers, pieces_of
 from lightning_mics.checkpoint.rng import get_rng_state
@@ -119,7 +119,7 @@ class Snapshot:
         loaders = loader_states(checkpoint) if loaders is None else [*loaders]
         kinds: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for key, tensor in tensors.items():
-            kinds["optimizer" if key.startswith(OPTIMIZER) else "model"][key] = tensor
+            kinds["model" if key.startswith(MODEL) else "optimizer"][key] = tensor
         pieces = {kind: pieces_of(some, topology, dist.get_rank(), writers) for kind, some in kinds.items()}
         if memory is not None:
             pieces = {kind: memory.copies(some) for kind, some in pieces.items()}

@@ -308,12 +308,6 @@ def test_activation_checkpointing_saves_less_and_changes_no_bit() -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def _scalar() -> nn.Module:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    module[1].register_parameter("temperature", nn.Parameter(torch.ones(())))
-    return module
-
-
 def _mixed_dtypes() -> nn.Module:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].bias = nn.Parameter(module[1].bias.detach().half())
@@ -339,12 +333,11 @@ def _refused(make: Callable[[], nn.Module], blocks: Any) -> tuple[str, int]:
 @pytest.mark.parametrize(
     ("make", "blocks", "message"),
     [
-        (_scalar, None, r"^1\.temperature: a parameter without dimensions cannot be sharded; give it the shape \(1,\)"),
         (_mixed_dtypes, None, r"^1: trainable parameters of several dtypes .*torch\.float16: 1.*convert the module"),
         (_elsewhere, None, r"^0\.weight is sharded already, over ranks \[0, 1, 2, 3\], not over .* \[(0, 1|2, 3)\]"),
         (gpt, "Nothing", r"^blocks='Nothing' matches no module"),
     ],
-    ids=["scalar", "dtypes", "other mesh", "blocks"],
+    ids=["dtypes", "other mesh", "blocks"],
 )
 def test_what_cannot_be_sharded_is_refused_on_every_rank_before_any_collective(
     make: Callable[[], nn.Module], blocks: Any, message: str

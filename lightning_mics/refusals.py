@@ -1,0 +1,74 @@
+"""What a Lightning user may ask for and shards cannot do: refused before training starts, with what to use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_mics._compat import steps_in_backward
+
+_AVERAGING = (
+    "averages copies of whole parameters and cannot average shards; use lightning_mics.callbacks.WeightAveraging{}"
+)
+# Lightning's callbacks, in either tree of classes, by name.
+_CALLBACKS = {
+    "StochasticWeightAveraging": _AVERAGING.format("(decay=None, start_step=...)"),
+    "WeightAveraging": _AVERAGING.format(""),
+    "BatchSizeFinder": (
+        "is not supported with distributed strategies: a rank that runs out of memory would leave the others waiting; "
+        'use MiCSStrategy(micro_batch="auto"), which plans the batch from shapes and memory'
+    ),
+}
+_MEANS = "takes norms of whole rows and columns, which torch cannot take of shards"
+# torch's, and others' of the same name.
+_OPTIMIZERS = {
+    "LBFGS": "lays all parameters out as one vector, which shards are not",
+    "Adafactor": _MEANS,
+    "Rprop": "writes by index, which torch cannot do to shards",
+}
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> None:
+    """Refuse callbacks that hold whole parameters, or cannot keep ranks in step.
+
+    Raises:
+        ValueError: naming the callback, and what to use instead.
+    """
+    for callback in callbacks:
+        names = [base.__name__ for base in type(callback).__mro__ if base.__module__.split(".")[0] != "lightning_mics"]
+        for name in names:
+            if name in _CALLBACKS:
+                raise ValueError(f"{type(callback).__name__} {_CALLBACKS[name]}")
+
+
+def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that cannot step shards.
+
+    Raises:
+        ValueError: naming the optimizer, and what to use instead.
+    """
+    for optimizer in optimizers:
+        for base in type(optimizer).__mro__:
+            if base.__name__ in _OPTIMIZERS:
+                raise ValueError(
+                    f"{type(optimizer).__name__} {_OPTIMIZERS[base.__name__]}; choose an optimizer that treats "
+                    "elements alike, as AdamW or SGD, or keep parameters whole: partition_size=1, "
+                    'optimizer_state="partition"'
+                )
+
+
+def check_not_in_backward(module: nn.Module) -> None:
+    """Refuse a module whose parameters are stepped while backward runs.
+
+    Raises:
+        ValueError: naming the first such parameter.
+    """
+    for name, param in module.named_parameters():
+        if steps_in_backward(param):
+            raise ValueError(
+                f"{name} is stepped by an optimizer in backward, before its gradient has been averaged over the ranks; "
+                "return the optimizer from configure_optimizers instead"
+            )
