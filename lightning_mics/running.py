@@ -81,6 +81,7 @@ class RunningMixin:
         self._compile = compile_arguments(compile)
         self._precision_of_shards = Precision(param_dtype, reduce_dtype, between_nodes)
         self._rung = rung if rung == AUTO else Rung.parse(rung)
+        self._planned_rung: Rung | None = None
         self._memory_budget = Budget(memory_budget).amount
         self._optimizer_state = OptimizerState.parse(optimizer_state, "optimizer_state")
         self._network = Network.load(network) if isinstance(network, str | Path) else network
@@ -171,7 +172,7 @@ class RunningMixin:
         root.forget_optimizer()
         root.window.drop()
         root.release()
-        root.set_rung(self._rung, self._memory_budget)
+        root.set_rung(self._rung, self._memory_budget, self._planned_rung)
         root.one_backward = one_backward
         return root
 

@@ -81,7 +81,8 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
             `optimizer_state` is "world".
         rung: what stays whole in memory instead of being moved again, "<parameters>/<gradients>": parameters for a
             `block`, a `micro_step` or the `window`; gradients `sharded`, or `whole` until the boundary. "auto" takes
-            the fastest that fits `memory_budget`, from the second window on.
+            the fastest that fits `memory_budget`, from the second window on; or, beside another "auto", the planned one
+            from the first, as long as it fits.
         micro_batch: None leaves the data's batches as they are; "auto" plans them with the partition size: sets
             `batch_size` of the LightningDataModule or the LightningModule, and the Trainer's `accumulate_grad_batches`,
             such that an optimizer step has as many samples as before.
@@ -252,7 +253,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
             precision.train_step_context,
         )
         rank_zero_info("planned: " + "\n         ".join(decision.lines))
-        self._partition_size = decision.partition_size
+        self._partition_size, self._planned_rung = decision.partition_size, decision.rung
         if asked.changes_batch:
             apply_batch(trainer, decision)
         self._planned.clear()

@@ -99,11 +99,13 @@ def _plans() -> None:
 
 
 def _keeps_the_samples_of_a_step() -> None:
-    data, strategy = Data(batch_size=4), auto(partition_size="auto", micro_batch="auto")
+    data, strategy = Data(batch_size=4), auto(partition_size="auto", micro_batch="auto", rung="auto")
     module, runner = seeded(Logging), trainer(strategy, accumulate_grad_batches=2)
     runner.fit(module, datamodule=data)
     assert data.batch_size * runner.accumulate_grad_batches == 8
     assert (data.batch_size, runner.accumulate_grad_batches) == (8, 1), "one micro-step takes the fewest collectives"
+    climb = strategy.mics.window.climb
+    assert climb is not None and strategy.mics.rung == climb.first == strategy._planned_rung
     assert runner.global_step == SAMPLES // (8 * dist.get_world_size())
 
 
