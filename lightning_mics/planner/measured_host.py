@@ -32,10 +32,10 @@ from lightning_mics.planner.step import PARTS, keeps_apart
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology, divisors
 
-_BLOCKS, _WINDOW = 4, 2
+_BLOCKS, _WINDOW = 4, 4
 _WIDTHS = (8, 256)  # of blocks: next to nothing, and 3 MB
 _SMALL = 1 << 16  # bytes of a message that takes no time but its latency
-_STEPS = 8  # of which the median is taken
+_STEPS = 6  # of which the median is taken
 _RUNGS = tuple(map(Rung.parse, ("block/sharded", "window/sharded", "block/whole", "window/whole")))
 _TIMES, _BYTES = "times", "bytes"
 
@@ -89,7 +89,7 @@ class Seconds:
 def measure_hosts(
     ranks_per_node: int, busy: float, engines: Iterable[str] = ("mics", "fsdp2"), steps: int | None = None
 ) -> dict[str, Host]:
-    """What each engine's collectives cost on the CPU ranks of the default group, in one to two seconds a step of each.
+    """What each engine's collectives cost on the CPU ranks of the default group, in some three seconds a step of each.
 
     Collective on the default group, and makes others.
 
@@ -97,7 +97,7 @@ def measure_hosts(
         ranks_per_node: k.
         busy: seconds that pass for a second of a processor, with all ranks at work: ranks over cores.
         engines: "mics", "fsdp2".
-        steps: of each sample; by default 8.
+        steps: of each sample; by default 6.
 
     Returns:
         By engine. The same on every rank.

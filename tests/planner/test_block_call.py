@@ -17,7 +17,6 @@ CPU = torch.device("cpu")
 
 def test_a_block_is_called_as_its_model_calls_it() -> None:
     module = gpt2(3, 64, 8)
-    before = [param.clone() for param in module.parameters()]
     called = BlockCall.of(module, tokens(2, 8), loss, CPU)
     hidden = called.args[0]
     assert hidden.shape == (2, 8, 64) and hidden.requires_grad and hidden.isfinite().all()
@@ -33,7 +32,6 @@ def test_a_block_is_called_as_its_model_calls_it() -> None:
     called.drop_gradients()
     assert all(param.grad is None for block in called.blocks for param in block.parameters())
     assert all(param.grad is None for param in module.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
 class Odd(nn.Module):
