@@ -14,7 +14,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_mics import MiCSStrategy
 from lightning_mics.fabric import LightningFabricMiCSStrategy
-from lightning_mics.sharding import MiCSModule
 from tests.distributed.counting import Call, collectives
 from tests.distributed.fabrics import (
     WINDOW,
@@ -51,12 +50,6 @@ RANKS = 4
 LOWEST: dict[str, Any] = {}
 HELD = {"rung": "window/whole"}
 WORLD = {"optimizer_state": "world"}
-
-
-def root_of(model: Any) -> MiCSModule:
-    root = model._forward_module
-    assert isinstance(root, MiCSModule)
-    return root
 
 
 def trained(fabric: Any, loop: Loop, **options: Any) -> dict[str, Tensor]:
@@ -519,6 +512,8 @@ def mistakes() -> None:
     assert "AdamW holds a parameter of shape (2, 2), in group 0, that is of no module that was set up" in told
     told = raised(lambda: fabric.setup(Net(), adamw(stranger.parameters())))
     assert "of no module that was set up" in told
+    assert "Linear is not sharded; set it up first" in raised(lambda: fabric.strategy.mics(stranger))
+    assert fabric.strategy.mics(model) is fabric.strategy.mics(model.module)
     assert "no_backward_sync" in raised(lambda: fabric.strategy._backward_sync_control.no_backward_sync(stranger, True))
     loss = loss_of(model, batch_of(0, fabric.global_rank))
     assert "fabric.backward(loss)" in raised(loss.backward)
