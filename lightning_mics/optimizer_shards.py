@@ -109,7 +109,7 @@ class OptimizerShards:
         """Whether there is a piece of `param`."""
         return id(param) in self._pieces
 
-    def held(self, param: nn.Parameter) -> nn.Parameter:
+    def held(self, param: Tensor) -> Tensor:
         """What the optimizer steps for `param`: its piece, or itself."""
         return self._pieces.get(id(param), param)
 

@@ -134,7 +134,7 @@ class Window:
         self._complete = False
         self._launched = 0
         self._in_flight: list[Transfer] = []
-        self._marks: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
+        self._marks: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self._means: list[Mean] = []
         for index, bucket in enumerate(self.buckets):
             for param in bucket.parameters:
@@ -296,7 +296,7 @@ class Window:
     def _has_no_gradient(self, param: nn.Parameter) -> bool:
         return param.grad is None and self._stepped_for(param).grad is None
 
-    def _stepped_for(self, param: nn.Parameter) -> nn.Parameter:
+    def _stepped_for(self, param: nn.Parameter) -> Tensor:
         """What an optimizer holds for a parameter."""
         return param if self.optimizer_shards is None else self.optimizer_shards.held(param)
 
