@@ -60,6 +60,6 @@ def check_sharded_alike(sharded: MiCSModule, topology: Topology, precision: Prec
     """
     if (sharded.groups.topology, sharded.precision) != (topology, precision):
         raise ValueError(
-            f"the model is sharded already, for {sharded.groups.topology} and {sharded.precision}, and is "
-            f"asked to run for {topology} and {precision}; build a new model, or keep partition_size and precision"
+            f"the model is sharded already, for {sharded.groups.topology} and {sharded.precision}, and is to be run by "
+            f"{topology} and {precision} now; build a new model, or keep partition_size and precision"
         )

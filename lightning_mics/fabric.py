@@ -26,7 +26,7 @@ from typing_extensions import override
 from lightning_mics.arguments import check_writers
 from lightning_mics.blocks import BlockChoice
 from lightning_mics.checkpoint import Verify, Writers
-from lightning_mics.fabric_saving import FabricSavingMixin
+from lightning_mics.fabric_saving import FabricSavingMixin, root_of
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
@@ -216,6 +216,17 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         OwnLoop(root, self._backward_pass)
         for param in root.parameters():
             self._root_of[param] = weakref.ref(root)
+        return root
+
+    def mics(self, module: nn.Module) -> MiCSModule:
+        """The sharded root of a module that was set up, given as it was or as it came back.
+
+        Raises:
+            ValueError: if it was not.
+        """
+        root = root_of(module) or root_of(getattr(module, "module", None))
+        if root is None:
+            raise ValueError(f"{type(module).__name__} is not sharded; set it up first, by fabric.setup")
         return root
 
     def roots_of(self, optimizer: Optimizer) -> list[MiCSModule]:

@@ -67,7 +67,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader, "step": 0}
     if cfg.ckpt_path:
         fabric.load(cfg.ckpt_path, state)
-    fabric.print(f"{fabric.strategy.topology}\n{model._forward_module.describe()}")
+    fabric.print(f"{fabric.strategy.topology}\n{fabric.strategy.mics(model).describe()}")
     fit(fabric, cfg, state, endless(loader))
 
     loss = validate(fabric, model, islice(data.val_dataloader(), cfg.trainer.limit_val_batches))

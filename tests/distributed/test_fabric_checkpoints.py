@@ -41,8 +41,8 @@ def numbers(model: Any, optimizer: Any) -> dict[Any, torch.Tensor]:
     return {**parameters(model.module), **optimizer_state(optimizer.optimizer)}
 
 
-def saved(folder: Path) -> list[float]:
-    """Two windows, saved at p = 2 in every form; then the losses of a third."""
+def saved(folder: Path) -> None:
+    """Two windows, saved at p = 2; then a third, at every p."""
     made = mics(2)
     model, optimizer = set_up(made)
     train(made, model, optimizer, windows=2)
@@ -83,7 +83,6 @@ def saved(folder: Path) -> list[float]:
     assert_close({**parameters(plain), **optimizer_state(step)}, before, "whole, without a strategy")
     made.load_raw(folder / "p2", partly)
     assert_close(parameters(partly.module), {name: before[name] for name in values}, "raw, from a directory")
-    return losses
 
 
 def shown(folder: Path) -> None:
@@ -198,27 +197,23 @@ def mistakes(folder: Path) -> None:
     assert not (folder / "x").exists()
 
 
-def everything(folder: str) -> list[float]:
-    where = Path(folder)
-    losses = saved(where)
-    for check in (shown, damaged, from_ddp, from_a_trainer, several, mistakes):
-        check(where)
-    return losses
+def everything(folder: str) -> None:
+    for check in (saved, shown, damaged, from_ddp, from_a_trainer, several, mistakes):
+        check(Path(folder))
 
 
-def by_fewer(folder: str) -> dict[str, torch.Tensor]:
+def by_fewer(folder: str) -> None:
     """Two ranks, one replica over both."""
     made = mics(None)
     model, optimizer = fresh(made)
     state = {"model": model, "optimizer": optimizer, "iter": 0}
     made.load(Path(folder) / "p2", state)
     assert state["iter"] == 5
-    return {**numbers(model, optimizer)}
+    saved = Checkpoint(Path(folder) / "p2").read()["state_dict"]
+    assert_close(parameters(model.module), saved, "loaded by two ranks")
 
 
 @pytest.mark.slow
 def test_checkpoints_go_on_at_any_size(tmp_path: Path) -> None:
     run_ranks(RANKS, everything, str(tmp_path))
-    loaded = run_ranks(2, by_fewer, str(tmp_path))[0]
-    read = Checkpoint(tmp_path / "p2").read()
-    assert all(torch.equal(loaded[name], value) for name, value in read["state_dict"].items())
+    run_ranks(2, by_fewer, str(tmp_path))

@@ -20,10 +20,10 @@ SMALL = ["experiment=smoke", "data.vocab_size=300", "data.val_fraction=0.3", "tr
 @pytest.mark.slow
 def test_trains_and_goes_on(tmp_path: Path, corpus: Path) -> None:
     options = [*SMALL, f"data.path={corpus}"]
-    shown = run([sys.executable, SCRIPT, *options, "trainer.max_steps=2"], tmp_path)
-    assert "4 ranks on 1 node of 4: 2 partition groups of 2" in shown
+    shown = run([sys.executable, SCRIPT, *options, "trainer.max_steps=2", "cluster.devices=2"], tmp_path)
+    assert "2 ranks on 1 node of 2: 1 partition group of 2" in shown
     losses = [float(loss) for loss in re.findall(r"^step \d/2  loss (\d\.\d+)", shown, re.MULTILINE)]
-    assert len(losses) == 2 and 5 < losses[0] < 6.5  # ln 300 is 5.7
+    assert len(losses) == 2 and losses[1] < losses[0] < 9.5  # ln 8192 is 9.0
     (checkpoint,) = re.findall(r"^checkpoint  (.*)$", shown, re.MULTILINE)
     launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
     more = ["trainer.max_steps=3", f"ckpt_path={checkpoint}", "strategy.partition_size=1", f"run_dir={tmp_path}/on"]
