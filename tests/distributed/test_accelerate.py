@@ -296,7 +296,7 @@ def evaluates(accelerator: Accelerator) -> Run:
     """Between two steps with other values in the parameters, as of an average; and with buffers that differ."""
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 3))
-    model, optimizer = accelerator.prepare(model, adam(model))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     losses, data = [], batches()
     for step in range(6):
         x, y = next(data)
