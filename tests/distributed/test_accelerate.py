@@ -42,14 +42,16 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def same(run: Callable[[Accelerator], Run], *accelerators: Callable[[], Accelerator], **options: Any) -> None:
+def same(
+    run: Callable[[Accelerator], Run], *accelerators: Callable[[], Accelerator], within: float = 1e-6, **options: Any
+) -> None:
     """`run` under DDP, and under each of ours or with p = 1 and p = 2."""
     what = getattr(run, "__name__", "")
     expected = run(theirs(**options))
     for make in accelerators or (lambda: ours(1, **options), lambda: ours(2, **options)):
         losses, params = run(make())
-        assert_same_losses(losses, expected[0], what, rtol=1e-6)
-        assert_close(params, expected[1], what, atol=1e-6)
+        assert_same_losses(losses, expected[0], what, rtol=within)
+        assert_close(params, expected[1], what, atol=within)
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ def _loops() -> None:
         same(plain_backward, gradient_accumulation_steps=4)
         same(cut_short, lambda: ours(1), lambda: ours(2), lambda: ours(2, rung="window/whole"))
         same(failing, gradient_accumulation_steps=3)
-        same(evaluates)
+        same(evaluates, within=1e-5)  # a variance of two samples magnifies what is rounded
         each = GradientAccumulationPlugin(num_steps=4, sync_each_batch=True)
         same(lambda accelerator: train(accelerator, epochs=1)[:2], gradient_accumulation_plugin=each)
 
