@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, is_compiled_module
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -101,7 +101,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             to the first partition group.
         verify: how much of a checkpoint is compared with its checksums before it is loaded: "auto", all that will be
             read; "full", all; "off", nothing.
-        timeout: of the partition and replication groups. By default torch's.
+        timeout: of the partition and replication groups. By default that of `InitProcessGroupKwargs`, or torch's.
         kwargs: Accelerate's own arguments.
 
     Raises:
@@ -139,12 +139,12 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         self._memory_budget = Budget(memory_budget).amount
         self._optimizer_state = OptimizerState.parse(optimizer_state, "optimizer_state")
         self._network = Network.load(network) if isinstance(network, str | Path) else network
-        self._timeout = timeout
         self._successors = Successors()
         self._set_saving(async_save, writers, verify)
         check_writers(self._writers, self._optimizer_state)
         compiling = compile_arguments(compile)
         super().__init__(**kwargs)
+        self._timeout = timeout or getattr(self.init_handler, "timeout", None)
         if self.fp8_enabled:
             raise ValueError('mixed_precision="fp8" is not supported here; choose "no", "fp16" or "bf16"')
         self._compile = _of_dynamo(self.state.dynamo_plugin) if compiling is None else compiling
@@ -200,6 +200,8 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             return super().prepare_model(model, device_placement, evaluation_mode=True)  # type: ignore[no-any-return]
         if self.verify_device_map(model):
             raise ValueError("the model was loaded with a device map, and cannot be sharded; load it without")
+        if is_compiled_module(model):
+            raise ValueError("the model is compiled already; leave that to compile=True, which compiles block by block")
         with self._successors.sharding(model):
             root = self._root_of(model)
         with self._without_dynamo():

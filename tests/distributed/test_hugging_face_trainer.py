@@ -24,21 +24,25 @@ def samples(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def arguments(folder: str, **options: Any) -> TrainingArguments:
-    return TrainingArguments(
-        folder,
-        use_cpu=True,
-        ddp_backend="gloo",
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        gradient_accumulation_steps=3,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        logging_steps=1,
-        disable_tqdm=True,
-        report_to="none",
-        seed=3,
-        **{"max_steps": 7, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3, "warmup_steps": 2, **options},
-    )
+    usual = {
+        "use_cpu": True,
+        "ddp_backend": "gloo",
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "max_steps": 7,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "seed": 3,
+    }
+    return TrainingArguments(folder, **(usual | options))
 
 
 def trainer(cls: type[Trainer], folder: str, *, dropout: float = 0.0, mics: Any = None, **options: Any) -> Trainer:
