@@ -1,7 +1,7 @@
 """Predicted: what the planner says of a step from a probe alone, beside what the step takes on the virtual cluster.
 
     python -m benchmarks.predicted --quick
-    python -m benchmarks.predicted --again benchmarks/results/2026-11-24-predicted
+    python -m benchmarks.predicted --again benchmarks/results/2026-11-27-predicted
 
 First `mics probe` measures a cluster's messages and its device, then `benchmarks.wire` measures steps there. The
 planner is told what the probe found, and nothing of the steps.
