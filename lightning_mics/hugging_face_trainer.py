@@ -49,7 +49,8 @@ class MiCSTrainer(Trainer):
         _check(self.args)
         super().create_accelerator_and_postprocess()
         self.accelerator = MiCSAccelerator(**self._mics, **self._of_accelerator)
-        options = getattr(self.gather_function, "keywords", {})
+        made: Any = vars(self)["gather_function"]
+        options = getattr(made, "keywords", {})
         self.gather_function = partial(self.accelerator.gather_for_metrics, **options)
 
     @override
