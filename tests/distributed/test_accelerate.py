@@ -92,6 +92,7 @@ def _windows() -> None:
                 assert found[3] == expected[3]
 
 
+@pytest.mark.slow
 def test_losses_parameters_and_norms_are_those_of_ddp() -> None:
     run_ranks(4, _windows)
 
@@ -335,6 +336,7 @@ def _loops() -> None:
         same(lambda accelerator: train(accelerator, epochs=1)[:2], gradient_accumulation_plugin=each)
 
 
+@pytest.mark.slow
 def test_loops_of_the_users_own() -> None:
     run_ranks(4, _loops)
 
@@ -423,6 +425,7 @@ def refused() -> None:
     assert "even_batches=False leaves ranks with different numbers of batches" in says, says
 
 
+@pytest.mark.slow
 def test_precision_compilation_and_optimizer_state() -> None:
     run_ranks(4, _variants)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -103,9 +104,11 @@ def _resumes(folder: str) -> None:
         assert len(logged(best, "loss")) == 9
 
 
+@pytest.mark.slow
 def test_losses_norms_and_parameters_are_those_of_ddp(tmp_path: Path) -> None:
     run_ranks(4, _trains, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_resumes_and_loads_the_best(tmp_path: Path) -> None:
     run_ranks(4, _resumes, str(tmp_path))
