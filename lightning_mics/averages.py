@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 AVERAGE, CURRENT = "average", "current"
+KEY = "mics_averages"
+"""Of what a checkpoint keeps of them, beside its state dict."""
 
 
 class Averages:

@@ -16,7 +16,7 @@ from rich import get_console
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_mics.averages import AVERAGE, CURRENT, Averages
+from lightning_mics.averages import AVERAGE, CURRENT, KEY, Averages
 from lightning_mics.checkpoint import part_of
 from lightning_mics.strategy import MiCSStrategy, MiCSStrategyMixin
 from lightning_mics.version import __version__
@@ -218,7 +218,7 @@ class WeightAveraging(pl.Callback):
     ) -> None:
         if self.averages is not None and self.averages.updates:
             state = self.averages.into(checkpoint["state_dict"])
-            checkpoint["averages"] = {"updates": self.averages.updates, "state": state}
+            checkpoint[KEY] = {"updates": self.averages.updates, "state": state}
 
     @override
     def on_load_checkpoint(
@@ -226,7 +226,7 @@ class WeightAveraging(pl.Callback):
     ) -> None:
         if self.averages is None or trainer.state.fn != "fit":
             return
-        saved = checkpoint.get("averages")
+        saved = checkpoint.get(KEY)
         if saved is None:
             self.averages.begin()
             return

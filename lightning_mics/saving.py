@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mics._compat import link_by, mark_saved
-from lightning_mics.averages import Averages
+from lightning_mics.averages import KEY, Averages
 from lightning_mics.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -178,7 +178,7 @@ class SavingMixin(_Base):
         else:
             checkpoint, rest = self._load_directory(Path(where), module, fits, weights_only)
             self._place = self._resume(checkpoint, rest, weights_only) if fits else None
-        if fits and "averages" in rest and self.averages is None:
+        if fits and KEY in rest and self.averages is None:
             rank_zero_warn(
                 f"{where} holds averaged weights, and training goes on from them; to go on from those that it had, add "
                 "the callback WeightAveraging"

@@ -78,6 +78,7 @@ class MiCSModule(nn.Module):
         self.order: BlockOrder
         self._ahead: dict[int | None, Sequence[int]] = {}  # blocks whose gathers begin with a block's, or the root's
         self._has_run = False
+        self._from_outside: Callable[..., Any] | None = None  # what a forward runs, if not the module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward; under inference mode without gradients instead. If it raises, the window is forgotten.
@@ -100,7 +101,28 @@ class MiCSModule(nn.Module):
         """The module's own forward."""
         self._has_run = True
         with self.order.forward() as finish:
-            return finish(self.module(*args, **kwargs))
+            return finish((self._from_outside or self.module)(*args, **kwargs))
+
+    def take_calls_from_outside(self) -> None:
+        """Let a call of the module itself, outside this root's forward, be one of the root.
+
+        As a callback makes it, or a summary of the module. Collective on the partition group, as every forward is.
+        """
+        plain: Callable[..., Any] = self.module.forward
+
+        @functools.wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.order.inside or in_backward():
+                return plain(*args, **kwargs)
+            self._from_outside = plain  # the module's own hooks are around this call already
+            try:
+                return self(*args, **kwargs)
+            finally:
+                self._from_outside = None
+                if not torch.is_grad_enabled():
+                    self.release()
+
+        self.module.forward = forward  # type: ignore[method-assign]
 
     @property
     def rung(self) -> Rung:
@@ -354,6 +376,7 @@ def shard(
             _shard_block(block.module, slots[block.name], groups, precision)
     if not whole:
         _shard_root(root, slots[""], groups, precision, ignored=parameters_at(scalars))
+        root.take_calls_from_outside()
 
     root.blocks = found
     root.wire = Wire.create(groups, network, precision.between_nodes)

@@ -18,7 +18,7 @@ TOOLS = sorted(Path(mics_tools.__file__).parent.glob("*.py"))
 # Lowest first. What stands in one row does not import its like.
 ROWS = (
     {"topology", "choice", "network", "ladder", "precision", "memory", "flat", "cross_memory", "version", "_compat"},
-    {"groups", "channels"},
+    {"averages", "groups", "channels"},
     {"collectives", "climb", "residency", "held"},
     {"exchange", "native"},
     {"pipelined"},

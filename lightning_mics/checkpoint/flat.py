@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_mics.averages import KEY
+
 MODEL = "model."
 OPTIMIZER = "optimizer."
 AVERAGES = "averages."
@@ -32,10 +34,10 @@ def split(checkpoint: dict[str, Any], module: nn.Module) -> tuple[dict[str, Tens
             tensors |= {f"{OPTIMIZER}{i}.{name}.{k}": v for k, v in fields.items() if isinstance(v, Tensor)}
             values[name] = {k: v for k, v in fields.items() if not isinstance(v, Tensor)}
         rest["optimizer_states"].append({"state": values, "param_groups": optimizer["param_groups"]})
-    if averages := checkpoint.get("averages"):
+    if averages := checkpoint.get(KEY):
         for name, fields in averages["state"].items():
             tensors |= {f"{AVERAGES}{name}.{k}": v for k, v in fields.items()}
-        rest["averages"] = {**averages, "state": {}}
+        rest[KEY] = {**averages, "state": {}}
     return tensors, rest
 
 
@@ -47,7 +49,7 @@ def join(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
             state[key.removeprefix(MODEL)] = tensor
         elif key.startswith(AVERAGES):
             name, field = key.removeprefix(AVERAGES).rsplit(".", 1)
-            rest["averages"]["state"].setdefault(name, {})[field] = tensor
+            rest[KEY]["state"].setdefault(name, {})[field] = tensor
         else:
             i, name, field = parts_of(key)
             rest["optimizer_states"][i]["state"].setdefault(name, {})[field] = tensor

@@ -34,6 +34,11 @@ from tests.distributed.toys import (
 DECAY, WINDOW = 0.7, 2
 
 
+def _saves() -> ModelCheckpoint:
+    """At the end of each epoch, in the folder of this test."""
+    return ModelCheckpoint(".", "{step}", every_n_train_steps=3, save_top_k=-1)
+
+
 class Every(OfLightning):
     """Lightning's, after the same steps as ours; counted from 0."""
 
@@ -52,11 +57,11 @@ class Checkpointed(Toy):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-def _fit(module: Toy, strategy: Any, callback: pl.Callback, epochs: int, path: Any = None, **options: Any) -> Toy:
+def _fit(module: Toy, strategy: Any, *added: pl.Callback, epochs: int = 2, path: Any = None, **more: Any) -> Toy:
     """Validates in the midst of a window, and at the end of each epoch."""
     every = {"accumulate_grad_batches": WINDOW, "max_epochs": epochs, "val_check_interval": 3}
-    saves = ModelCheckpoint(".", "{step}", save_top_k=-1, every_n_epochs=1)
-    run = trainer(strategy, callbacks=[callback, saves], enable_checkpointing=True, **every, **options)
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in added)
+    run = trainer(strategy, callbacks=[*added], enable_checkpointing=saves, **every, **more)
     run.fit(module, Batches(6), Batches(1, first=900), ckpt_path=path)
     return module
 
@@ -68,12 +73,12 @@ WAYS = {
 
 
 def _averages() -> None:
-    for decay, every, start in ((DECAY, 1, 1), (None, 2, 3)):
+    for decay, every, start in ((DECAY, 1, 1), (None, 2, 2)):
         average = {} if decay is None else {"avg_fn": get_ema_avg_fn(decay)}
-        theirs = _fit(seeded(Checkpointed), ddp(), Every(every, start, **average), 2)
+        theirs = _fit(seeded(Checkpointed), ddp(), Every(every, start, **average), epochs=start)
         for way, options in WAYS.items() if start == 1 else [("p=2", {})]:
             ours = WeightAveraging(decay, every_n_steps=every, start_step=start)
-            whole = _fit(seeded(Checkpointed), mics(**options), ours, 2)
+            whole = _fit(seeded(Checkpointed), mics(**options), ours, epochs=start)
             if start == 1:  # before its first update Lightning validates a copy of the first weights
                 assert_same_training(whole, theirs, f"decay {decay}, {way}")
             else:
@@ -86,9 +91,9 @@ def test_they_equal_those_of_lightning_under_ddp() -> None:
 
 
 def _resumes() -> None:
-    whole = _fit(seeded(Checkpointed), mics(), WeightAveraging(DECAY), 2)
+    whole = _fit(seeded(Checkpointed), mics(), WeightAveraging(DECAY), _saves())
     at = Path("step=3.ckpt")
-    resumed = _fit(seeded(Checkpointed, seed=8), mics(4), WeightAveraging(DECAY), 2, at)
+    resumed = _fit(seeded(Checkpointed, seed=8), mics(4), WeightAveraging(DECAY), path=at)
     assert_same_losses(resumed.losses, whole.losses[6:], "on another partition size", rtol=1e-6)
     assert_same_losses(resumed.validated, whole.validated[2:], "validation", rtol=1e-6)
     assert_close(parameters(resumed), parameters(whole), "resumed", atol=1e-6)
@@ -100,12 +105,12 @@ def _resumes() -> None:
     if torch.distributed.get_rank() == 0:
         consolidate(at, "whole.ckpt")
     torch.distributed.barrier()
-    resumed = _fit(seeded(Checkpointed, seed=8), mics(), WeightAveraging(DECAY), 2, "whole.ckpt")
+    resumed = _fit(seeded(Checkpointed, seed=8), mics(), WeightAveraging(DECAY), path="whole.ckpt")
     assert_close(parameters(resumed), parameters(whole), "from a single file", atol=1e-6)
 
     says = "holds averaged weights, and training goes on from them"
     with pytest.warns(UserWarning, match=says) if torch.distributed.get_rank() == 0 else nullcontext():
-        _fit(seeded(Checkpointed), mics(), pl.Callback(), 2, at)
+        _fit(seeded(Checkpointed), mics(), path=at)
 
 
 def test_a_run_goes_on_with_its_weights_and_their_averages() -> None:
@@ -114,9 +119,9 @@ def test_a_run_goes_on_with_its_weights_and_their_averages() -> None:
 
 def _narrow() -> None:
     """In 16 bits an average that moves by less than half of a last place would stand still."""
-    make = partial(_fit, epochs=2, precision="bf16-true")
+    make = partial(_fit, precision="bf16-true")
     callback = WeightAveraging(0.999)
-    whole = make(seeded(Checkpointed), mics(), callback)
+    whole = make(seeded(Checkpointed), mics(), callback, _saves())
     assert callback.averages is not None
     wide = {k: v for k, v in callback.averages._values.items()}
     assert {value.dtype for value in wide.values()} == {torch.float32}
