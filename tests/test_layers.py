@@ -28,7 +28,6 @@ ROWS = (
     {"two_hop"},
     {"accounting"},
     {"sharding"},
-    {"averages"},
     {"checkpoint", "loaders", "preemption", "probe", "telemetry", "planner"},
     {"arguments", "own_loop", "refusals", "successors"},
     {"running", "saving", "fabric_saving", "planning", "accelerate_optimizer"},
