@@ -16,7 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
 from torch import nn
 
 from lightning_mics.accelerate import MiCSAccelerator
-from lightning_mics.accelerate_optimizer import check_state
+from lightning_mics.successors import check_state
 
 
 @pytest.fixture(autouse=True)
