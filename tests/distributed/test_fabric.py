@@ -165,10 +165,14 @@ def two_forwards(fabric: Any, model: Any, optimizer: Any) -> None:
 
 
 def losses_that_are_left(fabric: Any, model: Any, optimizer: Any) -> None:
-    """Forwards whose loss is thrown away."""
+    """Forwards whose loss is thrown away: within a window, and between its boundary and the step."""
     for window in range(2):
-        loss_of(model, batch_of(200 + window, fabric.global_rank))
-        train(fabric, model, optimizer, windows=1, first=window)
+
+        def forward(window: int = window) -> Tensor:
+            return loss_of(model, batch_of(200 + window, fabric.global_rank))
+
+        forward()
+        train(fabric, model, optimizer, windows=1, first=window, before_step=forward)
 
 
 def nested(fabric: Any, model: Any, optimizer: Any) -> None:
