@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -29,7 +28,9 @@ class Scales(Toy):
 
 
 def _batch_size_finder() -> None:
-    with pytest.raises(MisconfigurationException, match="not supported with distributed strategies"):
+    with pytest.raises(
+        ValueError, match=r'not supported with distributed strategies: .* MiCSStrategy\(micro_batch="auto"\)'
+    ):
         trainer(mics(), callbacks=[BatchSizeFinder(max_trials=1)]).fit(seeded(Scales))
     with pytest.raises(ValueError, match="not supported with distributed strategies"):
         pl.tuner.Tuner(trainer(mics())).scale_batch_size(seeded(Scales), max_trials=1)
