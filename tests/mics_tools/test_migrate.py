@@ -204,7 +204,7 @@ def test_lightnings_command_line_takes_it(tmp_path: Path) -> None:
     strategy = cli.trainer.strategy
     assert isinstance(strategy, MiCSStrategy)
     assert strategy.topology.partition_size == 8
-    assert strategy._precision.reduce_dtype is torch.bfloat16
+    assert strategy._precision_of_shards.reduce_dtype is torch.bfloat16
     assert (cli.trainer.accumulate_grad_batches, cli.trainer.gradient_clip_val) == (4, 1.0)
     assert cli.trainer.precision == "bf16-mixed"
 
