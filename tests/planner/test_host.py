@@ -127,3 +127,12 @@ def test_gradients_that_are_kept_apart_and_hooks_cost_once_a_block_and_micro_ste
     stays = replace(case, rung=Rung.parse("window/whole"))
     kept = _step(stays, schedule, "mics", {Cost(Part.KEEP): Line(1.0)})
     assert kept == _step(stays, schedule, "mics", {}), "with parameters that stay, autograd adds them up"
+
+
+def test_several_collectives_of_a_channel_are_under_way_on_cpu() -> None:
+    """Over two nodes two gathers go ahead of the block that computes, so that all but the first wait in pairs."""
+    case = Case(Topology(4, 2, 4), window=2, device_type="cpu")
+    gathers = sum(task.kind == Kind.GATHER for task in schedule(MODEL, case, 0, 1))
+    waiting = Cost(Part.GATHER, True, Thread.NONE)
+    more = _step(case, schedule, "mics", {waiting: Line(1.0)}) - _step(case, schedule, "mics", {waiting: Line(0.0)})
+    assert 0.4 * gathers < more < 0.75 * gathers
