@@ -31,13 +31,7 @@ from typing_extensions import override
 from lightning_mics._compat import in_backward, mark_prepared, prepared
 from lightning_mics.accelerate_optimizer import MiCSOptimizer
 from lightning_mics.accelerate_saving import AcceleratorSavingMixin, alone_if_alone
-from lightning_mics.arguments import (
-    check_sharded_alike,
-    check_writers,
-    compile_arguments,
-    remember_sharded,
-    sharded_before,
-)
+from lightning_mics.arguments import check_writers, compile_arguments, root_of, sharded_before
 from lightning_mics.blocks import BlockChoice, has_parameters
 from lightning_mics.checkpoint import Verify, Writers, whole_state_dict
 from lightning_mics.climb import Budget
@@ -46,7 +40,7 @@ from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.precision import Precision
-from lightning_mics.sharding import MiCSModule, shard
+from lightning_mics.sharding import MiCSModule
 from lightning_mics.successors import Successors, check_state
 from lightning_mics.topology import PartitionSize, Topology, equal_node_sizes, ranks_per_node_from_environment
 
@@ -212,29 +206,24 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         return root
 
     def _root_of(self, model: nn.Module) -> MiCSModule:
-        precision = self._precision_of_shards()
-        root = sharded_before(model)
-        if root is None:
-            alone_if_alone(self.device)
-            root = shard(
-                model,
-                Groups.create(self.topology, self.device.type, self._timeout),
-                blocks=self._blocks,
-                activation_checkpointing=self._activation_checkpointing,
-                compile=self._compile,
-                precision=precision,
-                network=self._network,
-            )
-            remember_sharded(model, root)
-        else:
-            check_sharded_alike(root, self.topology, precision)
+        root = root_of(
+            model,
+            self.topology,
+            self._precision_of_shards(),
+            self._make_groups,
+            blocks=self._blocks,
+            activation_checkpointing=self._activation_checkpointing,
+            compile=self._compile,
+            network=self._network,
+        )
         Calls.of(root).for_training = 0
-        root.forget_optimizer()
-        root.window.drop()
-        root.release()
         root.set_rung(self._rung, self._memory_budget)
         root.one_backward = True
         return root
+
+    def _make_groups(self) -> Groups:
+        alone_if_alone(self.device)
+        return Groups.create(self.topology, self.device.type, self._timeout)
 
     def _precision_of_shards(self) -> Precision:
         if self._precision.param_dtype is not None or self.topology.partition_size == 1 or not self.native_amp:

@@ -1,16 +1,19 @@
-"""Arguments that every integration takes in one form and the engine in another, and those that exclude one another."""
+"""What every integration takes in one form and the engine in another, what excludes what, and a module's root."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from lightning_mics.blocks import BlockChoice
 from lightning_mics.checkpoint import Writers
+from lightning_mics.groups import Groups
+from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.precision import Precision
-from lightning_mics.sharding import MiCSModule
+from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 
 _SHARDED = "_mics_module"
@@ -49,17 +52,44 @@ def sharded_before(module: nn.Module) -> MiCSModule | None:
     return root
 
 
-def remember_sharded(module: nn.Module, root: MiCSModule) -> None:
-    """Have `sharded_before` find the root. It is no submodule: the module's state dict is as it was."""
-    module.__dict__[_SHARDED] = root
+def root_of(
+    module: nn.Module,
+    topology: Topology,
+    precision: Precision,
+    groups: Callable[[], Groups],
+    *,
+    blocks: BlockChoice,
+    activation_checkpointing: bool,
+    compile: Mapping[str, Any] | None,
+    network: Network | None,
+) -> MiCSModule:
+    """The root of a module, which was sharded before or is now, at the beginning of a window; see `shard`.
 
+    It is no submodule of the module, whose state dict is as it was.
 
-def check_sharded_alike(sharded: MiCSModule, topology: Topology, precision: Precision) -> None:
-    """Raises:
-    ValueError: where a sharded module is to be run otherwise than it was sharded for.
+    Args:
+        groups: makes those of `topology`, or gives them; called only where the module is sharded now.
+
+    Raises:
+        ValueError: where a sharded module is to be run otherwise than it was sharded for.
     """
-    if (sharded.groups.topology, sharded.precision) != (topology, precision):
+    root = sharded_before(module)
+    if root is None:
+        root = module.__dict__[_SHARDED] = shard(
+            module,
+            groups(),
+            blocks=blocks,
+            activation_checkpointing=activation_checkpointing,
+            compile=compile,
+            precision=precision,
+            network=network,
+        )
+    elif (root.groups.topology, root.precision) != (topology, precision):
         raise ValueError(
-            f"the model is sharded already, for {sharded.groups.topology} and {sharded.precision}, and is to be run by "
+            f"the model is sharded already, for {root.groups.topology} and {root.precision}, and is to be run by "
             f"{topology} and {precision} now; build a new model, or keep partition_size and precision"
         )
+    root.forget_optimizer()
+    root.window.drop()
+    root.release()
+    return root

@@ -32,7 +32,7 @@ from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState, parameter_of
 from lightning_mics.own_loop import Backward, OwnLoop
-from lightning_mics.running import RunningMixin
+from lightning_mics.running import RunningMixin, register_in
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.successors import Successors, check_state
 from lightning_mics.topology import PartitionSize
@@ -390,11 +390,7 @@ class LightningFabricMiCSStrategy(MiCSFabricStrategyMixin, lightning_fabric.stra
 
 def register() -> None:
     """Make the name "mics" known to both trees of Fabric. Calling it again changes nothing."""
-    for registry, strategy in (
+    register_in(
         (STRATEGY_REGISTRY, MiCSFabricStrategy),
         (lightning_fabric.strategies.STRATEGY_REGISTRY, LightningFabricMiCSStrategy),
-    ):
-        if strategy.strategy_name not in registry.available_strategies():
-            registry.register(
-                strategy.strategy_name, strategy, description="MiCS: sharded in groups, two-hop gradients"
-            )
+    )

@@ -20,7 +20,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_mics._compat import script_launcher
-from lightning_mics.arguments import check_sharded_alike, compile_arguments, remember_sharded, sharded_before
+from lightning_mics.arguments import compile_arguments, root_of
 from lightning_mics.blocks import BlockChoice
 from lightning_mics.climb import Budget
 from lightning_mics.groups import Groups
@@ -29,7 +29,7 @@ from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.own_loop import OwnLoop
 from lightning_mics.precision import OF_TRAINERS, Precision
-from lightning_mics.sharding import MiCSModule, shard
+from lightning_mics.sharding import MiCSModule
 from lightning_mics.topology import PartitionSize, Topology, ranks_per_node_from_environment
 
 _AVERAGES = ("mean", "avg")
@@ -151,27 +151,20 @@ class RunningMixin:
 
     def _sharded(self, model: nn.Module, plugin: Any, *, one_backward: bool) -> MiCSModule:
         """The root of a module, which was sharded before or is now, at the beginning of a window."""
-        assert self._groups is not None
-        precision = self._precision_for(plugin, whole=self.topology.partition_size == 1)
-        root = sharded_before(model)
-        if root is None:
-            root = shard(
-                model,
-                self._groups,
-                blocks=self._blocks,
-                activation_checkpointing=self._activation_checkpointing,
-                compile=self._compile,
-                precision=precision,
-                network=self._network,
-            )
-            remember_sharded(model, root)
-        else:
-            check_sharded_alike(root, self._groups.topology, precision)
+        groups = self._groups
+        assert groups is not None
+        root = root_of(
+            model,
+            groups.topology,
+            self._precision_for(plugin, whole=self.topology.partition_size == 1),
+            lambda: groups,
+            blocks=self._blocks,
+            activation_checkpointing=self._activation_checkpointing,
+            compile=self._compile,
+            network=self._network,
+        )
         if (loop := OwnLoop.of(root)) is not None:
             loop.end()
-        root.forget_optimizer()
-        root.window.drop()
-        root.release()
         root.set_rung(self._rung, self._memory_budget, self._planned_rung)
         root.one_backward = one_backward
         return root
@@ -215,3 +208,16 @@ class RunningMixin:
             tensor = tensor.float()
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if averages else _REDUCE_OPS.get(op, op), group=group)
         return tensor / dist.get_world_size(group) if averages else tensor
+
+
+def register_in(*places: tuple[Any, Any]) -> None:
+    """Make strategies known by their names to registries of Lightning's, unless they are.
+
+    Args:
+        places: pairs of a registry and a strategy.
+    """
+    for registry, strategy in places:
+        if strategy.strategy_name not in registry.available_strategies():
+            registry.register(
+                strategy.strategy_name, strategy, description="MiCS: sharded in groups, two-hop gradients"
+            )

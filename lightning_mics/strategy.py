@@ -34,7 +34,7 @@ from lightning_mics.planner.plan import Workload
 from lightning_mics.planning import Asked, apply_batch, decide
 from lightning_mics.preemption import Preemption
 from lightning_mics.refusals import check_callbacks, check_not_in_backward, check_optimizers
-from lightning_mics.running import RunningMixin
+from lightning_mics.running import RunningMixin, register_in
 from lightning_mics.saving import SavingMixin
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.topology import PartitionSize
@@ -435,11 +435,7 @@ class PytorchLightningMiCSStrategy(MiCSStrategyMixin, pytorch_lightning.strategi
 
 def register() -> None:
     """Make the name "mics" known to both Lightning trees. Calling it again changes nothing."""
-    for registry, strategy in (
+    register_in(
         (StrategyRegistry, MiCSStrategy),
         (pytorch_lightning.strategies.StrategyRegistry, PytorchLightningMiCSStrategy),
-    ):
-        if strategy.strategy_name not in registry.available_strategies():
-            registry.register(
-                strategy.strategy_name, strategy, description="MiCS: sharded in groups, two-hop gradients"
-            )
+    )

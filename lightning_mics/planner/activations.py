@@ -26,7 +26,7 @@ from lightning_mics._compat import (
 from lightning_mics.blocks import Block, BlockChoice, find_blocks, parameters_at, slots_by_owner
 from lightning_mics.ladder import Phase
 from lightning_mics.planner.compute import Operator
-from lightning_mics.planner.fakes import Integers, as_input, fakes_of, run_on
+from lightning_mics.planner.fakes import Integers, as_inputs, fakes_of, run_on
 from lightning_mics.planner.meter import Live, Meter, Recorded
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import checkpoint_activations
@@ -209,14 +209,12 @@ class _Run:
                 self._fakes[id(param)] = fake = fakes[name]
                 if param.requires_grad:
                     fake.register_post_accumulate_grad_hook(self._meter.is_gradient)
-            leaves, spec = tree_flatten(batch)
-            inputs = [as_input(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            self._meter.begin(Phase.FORWARD, None, inputs)
+            fake_batch = as_inputs(batch)
+            self._meter.begin(Phase.FORWARD, None, tree_flatten(fake_batch)[0])
             stack.enter_context(Integers())
             stack.enter_context(self._meter)
             if fuses:
                 stack.enter_context(_Fused())
-            fake_batch = tree_unflatten(inputs, spec)
             run_on(fakes, self._module, lambda module: self._backward(step(module, fake_batch)))
             recorded = self._meter.finish()
         return recorded

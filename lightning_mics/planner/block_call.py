@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_mics._compat import FakeTensor, FakeTensorMode, tree_flatten, tree_unflatten
 from lightning_mics.blocks import BlockChoice, find_blocks
-from lightning_mics.planner.fakes import Integers, as_input, fakes_of, run_on
+from lightning_mics.planner.fakes import Integers, as_inputs, fakes_of, run_on
 from lightning_mics.precision import Precision
 
 _VALUES = (bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -141,9 +141,8 @@ def _called(
     hook = block.register_forward_pre_hook(reached, with_kwargs=True, prepend=True)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), Integers():
-            leaves, spec = tree_flatten(batch)
-            inputs = [as_input(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            run_on(fakes_of(module, precision), module, lambda it: step(it, tree_unflatten(inputs, spec)))
+            inputs = as_inputs(batch)
+            run_on(fakes_of(module, precision), module, lambda it: step(it, inputs))
     except _Reached as reached_block:
         return reached_block.called  # type: ignore[return-value]
     finally:

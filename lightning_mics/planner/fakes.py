@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mics._compat import FakeTensor, TorchDispatchMode, tree_flatten, unset_fake_temporarily
+from lightning_mics._compat import FakeTensor, TorchDispatchMode, tree_flatten, tree_unflatten, unset_fake_temporarily
 from lightning_mics.precision import Precision
 
 
@@ -49,6 +49,12 @@ def as_input(tensor: Tensor) -> Tensor:
         with unset_fake_temporarily():
             return tensor.detach().cpu().clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def as_inputs(batch: Any) -> Any:
+    """A batch, of any structure, with `as_input` of each of its tensors."""
+    leaves, spec = tree_flatten(batch)
+    return tree_unflatten([as_input(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
 def _is_integral(tensor: Tensor) -> bool:
