@@ -8,9 +8,6 @@ where micro-steps, boundaries and optimizer steps are. All else is Accelerate's 
 from __future__ import annotations
 
 import atexit
-import os
-import socket
-from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, is_compiled_module
+from accelerate.utils import TorchDynamoPlugin, is_compiled_module
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mics._compat import in_backward, mark_prepared, prepared
+from lightning_mics._compat import mark_prepared, prepared
+from lightning_mics.accelerate_arguments import check_no_other_sharding, check_plan, of_dynamo, topology_of
+from lightning_mics.accelerate_calls import Calls, abort
 from lightning_mics.accelerate_optimizer import MiCSOptimizer
 from lightning_mics.accelerate_saving import AcceleratorSavingMixin, alone_if_alone
 from lightning_mics.arguments import check_writers, compile_arguments, root_of, sharded_before
@@ -42,24 +40,8 @@ from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.successors import Successors, check_state
-from lightning_mics.topology import PartitionSize, Topology, equal_node_sizes, ranks_per_node_from_environment
+from lightning_mics.topology import PartitionSize, Topology
 
-_PLUGINS = (
-    "deepspeed_plugin",
-    "deepspeed_plugins",
-    "fsdp_plugin",
-    "megatron_lm_plugin",
-    "parallelism_config",
-    "torch_tp_plugin",
-)
-# By which a configuration of `accelerate launch` asks for another sharding.
-_VARIABLES = (
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_MEGATRON_LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG",
-)
-_CALLS = "_mics_calls"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 log = get_logger(__name__)
@@ -124,7 +106,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         timeout: timedelta | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_plan(partition_size)
+        check_plan(partition_size)
         check_no_other_sharding(kwargs)
         self._blocks = blocks
         self._activation_checkpointing = activation_checkpointing
@@ -134,20 +116,25 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         self._optimizer_state = OptimizerState.parse(optimizer_state, "optimizer_state")
         self._network = Network.load(network) if isinstance(network, str | Path) else network
         self._successors = Successors()
-        self._set_saving(async_save, writers, verify)
+        self._set_saving(writers, verify, async_save=async_save)
         check_writers(self._writers, self._optimizer_state)
         compiling = compile_arguments(compile)
         super().__init__(**kwargs)
         self._timeout = timeout or getattr(self.init_handler, "timeout", None)
         if self.fp8_enabled:
             raise ValueError('mixed_precision="fp8" is not supported here; choose "no", "fp16" or "bf16"')
-        self._compile = _of_dynamo(self.state.dynamo_plugin) if compiling is None else compiling
-        self.topology = _topology(partition_size, ranks_per_node, self.num_processes)
-        """Who shards with whom."""
+        self._compile = of_dynamo(self.state.dynamo_plugin) if compiling is None else compiling
+        self._topology = topology_of(partition_size, ranks_per_node, self.num_processes)
         if self.mixed_precision == "fp16" and not self.native_amp:
             log.warning('mixed_precision="fp16" computes in fp32 on CPU, as in Accelerate; choose "bf16"')
         if async_save:
             atexit.register(self.saver.wait)
+
+    @property
+    @override
+    def topology(self) -> Topology:
+        """Who shards with whom."""
+        return self._topology
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -337,7 +324,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             with super().accumulate(*models):
                 yield
         except Exception:
-            _abort(root for root in models if isinstance(root, MiCSModule))
+            abort(root for root in models if isinstance(root, MiCSModule))
             raise
 
     @override
@@ -357,7 +344,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
                     stack.enter_context(root.window.backward())
                 super().backward(loss, **kwargs)
         except BaseException:
-            _abort(called)
+            abort(called)
             raise
 
     @contextmanager
@@ -392,111 +379,3 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         for root in self.roots():
             root.finish_updates()
         super().end_training()
-
-
-class Calls:
-    """What Accelerate's user, whose loop it is, does not say: when a model was called for what.
-
-    Two forwards before a backward: hop 2 can no longer follow behind a block's first gradient. A forward without
-    gradients: what it leaves gathered would outlive whatever changes parameters next.
-
-    Args:
-        root: a sharded model.
-    """
-
-    def __init__(self, root: MiCSModule) -> None:
-        self.for_training = 0
-        """Forwards with gradients since the last backward."""
-        self._any = self._buffers_differ = False
-        root.register_forward_pre_hook(self._begins, prepend=True)
-        root.register_forward_hook(self._ended)
-
-    @classmethod
-    def of(cls, root: MiCSModule) -> Calls:
-        """Those of a root, counted from when this was first asked for."""
-        if _CALLS not in root.__dict__:
-            root.__dict__[_CALLS] = cls(root)
-        calls: Calls = root.__dict__[_CALLS]
-        return calls
-
-    def _begins(self, root: Any, args: Any) -> None:
-        if not torch.is_grad_enabled():
-            if self._buffers_differ:
-                root.synchronize_buffers()
-            self._buffers_differ = False
-        elif not in_backward():
-            if not self._any:
-                root.window.begin("the first; others begin with zero_grad")
-                root.window.drop()
-            self._any = True
-            self._buffers_differ = True
-            self.for_training += 1
-            if self.for_training > 1 and root.one_backward:
-                _take_several_forwards(root)
-
-    def _ended(self, root: Any, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled():
-            root.release()
-
-
-def _abort(roots: Iterable[MiCSModule]) -> None:
-    for root in roots:
-        root.abort()
-        Calls.of(root).for_training = 0
-
-
-def _take_several_forwards(root: MiCSModule) -> None:
-    if root.window.optimizer_shards is not None:
-        raise RuntimeError(
-            'optimizer_state="world" needs a backward after each forward, and the model is called twice before one; '
-            'call it once on both inputs, evaluate under torch.no_grad(), or choose optimizer_state="partition"'
-        )
-    log.info("the model is called several times before a backward: hop 2 begins when backward is over")
-    root.one_backward = False
-
-
-def _check_plan(partition_size: object) -> None:
-    if partition_size == AUTO:
-        raise ValueError(
-            'partition_size="auto" plans from an example of a batch, which Accelerate has none of when it is made; ask '
-            '`mics plan` and give the number that it says, or "node"'
-        )
-
-
-def check_no_other_sharding(arguments: Mapping[str, Any]) -> None:
-    """Raises:
-    ValueError: if Accelerate's arguments, or its launcher's configuration, ask for another sharding.
-    """
-    for name in _PLUGINS:
-        if arguments.get(name) is not None:
-            raise ValueError(f"{name} asks Accelerate to shard the model, which MiCSAccelerator does; leave it out")
-    for name in _VARIABLES:
-        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
-            raise ValueError(
-                f"{name} is set, by the configuration of `accelerate launch`: it asks Accelerate to shard the model, "
-                "which MiCSAccelerator does; let distributed_type be MULTI_GPU or MULTI_CPU there"
-            )
-
-
-def _of_dynamo(plugin: Any) -> Mapping[str, Any] | None:
-    """Arguments of `torch.compile`, by Accelerate's plugin. It is always by region here, whatever that says."""
-    return None if plugin.backend == DynamoBackend.NO else plugin.to_kwargs()
-
-
-def _topology(partition_size: PartitionSize, ranks_per_node: int | None, world_size: int) -> Topology:
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started > world_size:
-        raise ValueError(
-            f"{started} processes were started, and Accelerate takes this one to be alone, as there is no accelerator "
-            "here; to train on CPUs, give cpu=True or set ACCELERATE_USE_CPU=true"
-        )
-    k = ranks_per_node or ranks_per_node_from_environment(os.environ)
-    if k is None:
-        k = 1 if world_size == 1 else _ranks_per_host(world_size)
-    return Topology.resolve(partition_size, world_size=world_size, ranks_per_node=k)
-
-
-def _ranks_per_host(world_size: int) -> int:
-    hosts: list[str | None] = [None] * world_size
-    dist.all_gather_object(hosts, socket.gethostname())
-    return equal_node_sizes([*Counter(hosts).values()])

@@ -23,15 +23,12 @@ from lightning_mics._compat import Prepared, prepared
 from lightning_mics.arguments import sharded_before
 from lightning_mics.checkpoint import (
     Checkpoint,
-    Saver,
-    Verify,
-    Writers,
+    SaverOwner,
     get_rng_state,
     optimizer_state_by_name,
     set_rng_state,
 )
 from lightning_mics.checkpoint.agreement import together
-from lightning_mics.topology import Topology
 
 if TYPE_CHECKING:
     from accelerate import Accelerator as _Base
@@ -44,25 +41,8 @@ _BESIDE = "accelerate"  # the key of what is neither model, optimizer nor schedu
 log = get_logger(__name__)
 
 
-class AcceleratorSavingMixin(_Base):
+class AcceleratorSavingMixin(SaverOwner, _Base):
     """Checkpoints of a sharded run; see `MiCSAccelerator` for the arguments."""
-
-    topology: Topology
-
-    def _set_saving(self, async_save: bool, writers: Writers | str, verify: Verify | str) -> None:
-        if not isinstance(async_save, bool):
-            raise TypeError(f"async_save={async_save!r} must be True or False")
-        self._async_save = async_save
-        self._writers = Writers.parse(writers, "writers")
-        self._verify = Verify.parse(verify, "verify")
-        self._saver: Saver | None = None
-
-    @property
-    def saver(self) -> Saver:
-        """Saves this run's checkpoints."""
-        if self._saver is None:
-            self._saver = Saver(self.topology, self._writers, asynchronous=self._async_save)
-        return self._saver
 
     def wait_for_save(self) -> None:
         """Return when no save is under way.

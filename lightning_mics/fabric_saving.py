@@ -22,10 +22,9 @@ from lightning_mics._compat import tree_flatten
 from lightning_mics.arguments import sharded_before
 from lightning_mics.checkpoint import (
     Checkpoint,
-    Saver,
+    SaverOwner,
     SingleFile,
     Verify,
-    Writers,
     is_remote,
     load_whole_optimizer_state,
     load_whole_state_dict,
@@ -36,7 +35,6 @@ from lightning_mics.checkpoint.agreement import together
 from lightning_mics.checkpoint.flat import aliases_in
 from lightning_mics.optimizer_shards import parameter_of
 from lightning_mics.sharding import MiCSModule
-from lightning_mics.topology import Topology
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
@@ -94,22 +92,14 @@ def root_of(value: object) -> MiCSModule | None:
     return sharded_before(value) if isinstance(value, nn.Module) else None
 
 
-class FabricSavingMixin:
+class FabricSavingMixin(SaverOwner):
     """Checkpoints of a sharded run under Fabric; see `MiCSFabricStrategyMixin` for the arguments."""
 
     if TYPE_CHECKING:
 
-        @property
-        def topology(self) -> Topology: ...
-
         def broadcast(self, obj: Any, src: int = 0) -> Any: ...
 
         def roots_of(self, optimizer: Optimizer) -> list[MiCSModule]: ...
-
-    def _set_saving(self, writers: Writers | str, verify: Verify | str) -> None:
-        self._writers = Writers.parse(writers, "writers")
-        self._verify = Verify.parse(verify, "verify")
-        self._saver: Saver | None = None
 
     # -- save --------------------------------------------------------------------------------------------------------
 
@@ -147,9 +137,7 @@ class FabricSavingMixin:
             root.release()
             root.synchronize_buffers()
         dump = together(lambda: _dump(parts, filter or {}), f"cannot save {where}")
-        if self._saver is None:
-            self._saver = Saver(self.topology, self._writers, asynchronous=False)
-        self._saver.save(where, dump, parts.module)
+        self.saver.save(where, dump, parts.module)
 
     def _local(self, path: str | Path) -> Path:
         where = self.broadcast(path)

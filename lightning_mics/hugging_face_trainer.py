@@ -17,7 +17,8 @@ from torch import nn
 from transformers import Trainer
 from typing_extensions import override
 
-from lightning_mics.accelerate import MiCSAccelerator, check_no_other_sharding
+from lightning_mics.accelerate import MiCSAccelerator
+from lightning_mics.accelerate_arguments import check_no_other_sharding
 from lightning_mics.arguments import sharded_before
 
 STATE = "mics"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_mics._compat import in_backward, tree_flatten
 from lightning_mics.sharding import MiCSModule
@@ -53,11 +54,53 @@ class Backward:
             self._stack.enter_context(root.window.backward())
 
 
-class OwnLoop:
-    """Sees windows of one module begin and end.
+class Forwards:
+    """Sees what a loop calls one module for.
 
     What a forward without gradients leaves gathered is freed behind it, as whatever changes parameters next may come
     unannounced; and before the first such forward of an evaluation, persistent buffers become rank 0's.
+
+    Args:
+        root: whose forwards it sees until `end`.
+    """
+
+    def __init__(self, root: MiCSModule) -> None:
+        self._root = root
+        self._buffers_differ = False
+        self._hooks = (
+            root.register_forward_pre_hook(self._begins, prepend=True),
+            root.register_forward_hook(self._ended),
+        )
+
+    def end(self) -> None:
+        """See no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begins(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            if not in_backward():
+                self._buffers_differ = True
+                self._trains()
+        elif self._buffers_differ and not self._root.module.training:
+            self._root.synchronize_buffers()
+            self._buffers_differ = False
+
+    def _ended(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            self._root.release()
+        elif not in_backward():
+            self._trained(output)
+
+    def _trains(self) -> None:
+        """A forward for training begins."""
+
+    def _trained(self, output: Any) -> None:
+        """And has ended."""
+
+
+class OwnLoop(Forwards):
+    """Sees windows of one module begin and end.
 
     Args:
         root: with `one_backward` set; until `end`, this is its only loop.
@@ -65,16 +108,11 @@ class OwnLoop:
     """
 
     def __init__(self, root: MiCSModule, backward: Backward) -> None:
-        self._root = root
+        super().__init__(root)
         self._backward = backward
         self._windows = 0
-        self._buffers_differ = False
         root.window.cleared_by_user = True
         root.__dict__[_LOOP] = self
-        self._hooks = (
-            root.register_forward_pre_hook(self._begins, prepend=True),
-            root.register_forward_hook(self._ended),
-        )
 
     @classmethod
     def of(cls, root: MiCSModule) -> OwnLoop | None:
@@ -82,10 +120,10 @@ class OwnLoop:
         loop: OwnLoop | None = root.__dict__.get(_LOOP)
         return loop
 
+    @override
     def end(self) -> None:
         """Somebody else runs the root from now on."""
-        for hook in self._hooks:
-            hook.remove()
+        super().end()
         self._root.window.cleared_by_user = False
         del self._root.__dict__[_LOOP]
 
@@ -99,21 +137,15 @@ class OwnLoop:
         self._root.release()
         self._windows += 1
 
-    def _begins(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
-            # Pieces of parameters hold gradients that a user may not know of, and keep none beyond a step.
-            self._root.window.begin(self._windows, fresh=self._root.window.optimizer_shards is not None)
-            self._buffers_differ = True
-        elif self._buffers_differ and not self._root.module.training:
-            self._root.synchronize_buffers()
-            self._buffers_differ = False
+    @override
+    def _trains(self) -> None:
+        # Pieces of parameters hold gradients that a user may not know of, and keep none beyond a step.
+        self._root.window.begin(self._windows, fresh=self._root.window.optimizer_shards is not None)
 
-    def _ended(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled():
-            self._root.release()
-            return
+    @override
+    def _trained(self, output: Any) -> None:
         for tensor in tree_flatten(output)[0]:
-            if isinstance(tensor, Tensor) and tensor.requires_grad and not in_backward():
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(self._reached)
 
     def _reached(self, gradient: Tensor) -> None:

@@ -21,11 +21,9 @@ from lightning_mics.averages import KEY, Averages
 from lightning_mics.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
-    Saver,
+    SaverOwner,
     SingleFile,
     TrainingRng,
-    Verify,
-    Writers,
     is_remote,
     load_whole_state_dict,
     optimizer_state_by_name,
@@ -34,7 +32,6 @@ from lightning_mics.checkpoint.agreement import together
 from lightning_mics.checkpoint.flat import loader_states
 from lightning_mics.loaders import Place, take_up
 from lightning_mics.sharding import MiCSModule
-from lightning_mics.topology import Topology
 from mics_tools import atomic
 
 if TYPE_CHECKING:
@@ -45,36 +42,20 @@ else:
 _LAST = "last"  # ModelCheckpoint.CHECKPOINT_NAME_LAST, unless a user changed it
 
 
-class SavingMixin(_Base):
+class SavingMixin(SaverOwner, _Base):
     """Checkpoints of a sharded run; see `MiCSStrategyMixin` for the arguments."""
 
     if TYPE_CHECKING:
 
         @property
-        def topology(self) -> Topology: ...
-
-        @property
         def mics(self) -> MiCSModule: ...
 
-    def _set_saving(self, async_save: bool, writers: Writers | str, verify: Verify | str) -> None:
-        if not isinstance(async_save, bool):
-            raise TypeError(f"async_save={async_save!r} must be True or False")
-        self._async_save = async_save
-        self._writers = Writers.parse(writers, "writers")
-        self._verify = Verify.parse(verify, "verify")
-        self._saver: Saver | None = None
+    def _set_training_state(self) -> None:
         self._rng = TrainingRng()
         self._still_named: list[Path] = []
         self._place: Place | None = None  # in the training data, to be taken up
         self.averages: Averages | None = None
         """Of the weights, if a callback keeps them."""
-
-    @property
-    def saver(self) -> Saver:
-        """Saves this run's checkpoints."""
-        if self._saver is None:
-            self._saver = Saver(self.topology, self._writers, asynchronous=self._async_save)
-        return self._saver
 
     # -- save --------------------------------------------------------------------------------------------------------
 

@@ -166,7 +166,8 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
             timeout=timeout,
         )
         self._hooks_may_read = False
-        self._set_saving(async_save, writers, verify)
+        self._set_saving(writers, verify, async_save=async_save)
+        self._set_training_state()
         check_writers(self._writers, self._optimizer_state)
         self._preemption: Preemption | None = None
 

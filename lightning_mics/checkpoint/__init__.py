@@ -3,6 +3,7 @@
 from lightning_mics.checkpoint.directory import Checkpoint
 from lightning_mics.checkpoint.export import export_hugging_face
 from lightning_mics.checkpoint.optimizer import number_parameters, optimizer_state_by_name
+from lightning_mics.checkpoint.owner import SaverOwner
 from lightning_mics.checkpoint.pieces import Writers
 from lightning_mics.checkpoint.rng import TrainingRng, get_rng_state, set_rng_state
 from lightning_mics.checkpoint.saver import Saver
@@ -24,6 +25,7 @@ __all__ = [
     "DamagedCheckpoint",
     "Manifest",
     "Saver",
+    "SaverOwner",
     "SingleFile",
     "Snapshot",
     "TrainingRng",
