@@ -3,8 +3,8 @@
     python -m benchmarks.predicted --quick
     python -m benchmarks.predicted --again benchmarks/results/2026-11-27-predicted
 
-First `mics probe` measures a cluster's messages and its device, then `benchmarks.wire` measures steps there. The
-planner is told what the probe found, and nothing of the steps.
+Before and after `benchmarks.wire` measures steps on a cluster, `mics probe` measures its messages and its device. The
+planner is told what either probe found, and nothing of the steps; its mean is what is predicted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datetime import date
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -43,7 +43,7 @@ from lightning_mics.planner.state import OptimizerBytes, model_state
 from lightning_mics.planner.step import Walker, Work, simulate
 from lightning_mics.topology import Topology
 
-FORMAT = 1
+FORMAT = 2
 OURS = "mics:"
 _FOLDER = Path(__file__).parent / "results"
 _PEERS = ("alone", "ddp", "zero3", "zero3-keep", "hsdp-every", "fsdp2", *(f"{OURS}{rung}" for rung in RUNGS))
@@ -188,12 +188,13 @@ def main(
     complete = True
     for part in grid:
         here, (nodes, ranks) = Link.parse(part.link), parse_shape(part.shape)
-        told, probe = about(**part._asdict()), _probed(here, nodes, ranks)
+        told, before = about(**part._asdict()), _probed(here, nodes, ranks)
         sizes, names = sizes_of(nodes, ranks, None), chosen(part.peers)
         plan = Plan(str(here), nodes, ranks, sizes, [*part.windows], names, part.repetitions, apart=True)
         done, rows = measured(plan, here)
         complete = complete and done
-        content["cases"].append({"about": told, "probe": probe, "rows": [asdict(row) for row in rows]})
+        probes = [before, _probed(here, nodes, ranks)]
+        content["cases"].append({"about": told, "probes": probes, "rows": [asdict(row) for row in rows]})
         save(content, target)
     show(load(target), target)
     console.print(f"results in {target}")
@@ -230,18 +231,20 @@ def load(folder: Path) -> list[Predicted]:
     content = json.loads((folder / "predicted.json").read_text())
     if content.get("format") != FORMAT:
         raise ValueError(f"{folder}: format {content.get('format')!r} is not {FORMAT}; measure anew")
-    return [each for case in content["cases"] for each in predicted(case["probe"], case["rows"])]
+    return [each for case in content["cases"] for each in predicted(case["probes"], case["rows"])]
 
 
-def predicted(probe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Iterator[Predicted]:
-    """Rows beside their predictions by a probe's content."""
+def predicted(probes: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Iterator[Predicted]:
+    """Rows beside the means of their predictions by each probe's content."""
+    planners = []
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "network.json")
-        file.write_text(json.dumps(probe))
-        planner = Planner(file)
+        for probe in probes:
+            file.write_text(json.dumps(probe))
+            planners.append(Planner(file))
     for each in rows:
         row = Row(**each)
-        yield Predicted(row, planner.seconds(row))
+        yield Predicted(row, fmean(planner.seconds(row) for planner in planners))
 
 
 # -- reports -----------------------------------------------------------------------------------------------------------

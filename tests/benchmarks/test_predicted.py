@@ -41,7 +41,7 @@ def row(peer: str, p: int, seconds: float, window: int = 2) -> dict[str, Any]:
 
 def test_where_only_the_link_takes_time_its_bytes_do() -> None:
     """25.1 MB of parameters M, and per link of the two: DDP 2 * 3/4 M; p = 2 keeps gathers inside, and hop 2 is M."""
-    ddp, ours, alone = predicted(PROBE, [row("ddp", 1, 1), row("mics:window/whole", 2, 1), row("alone", 1, 1)])
+    ddp, ours, alone = predicted([PROBE], [row("ddp", 1, 1), row("mics:window/whole", 2, 1), row("alone", 1, 1)])
     size = sum(param.nbytes for param in module._module().parameters())
     assert ddp.seconds == pytest.approx(1.5 * size / RATE, rel=0.01)
     assert ours.seconds == pytest.approx(size / RATE, rel=0.01)
@@ -75,12 +75,18 @@ def test_errors_and_the_choice() -> None:
 
 
 def test_what_was_measured_is_predicted_anew(tmp_path: Path) -> None:
-    content = {"format": 1, "cases": [{"about": {}, "probe": PROBE, "rows": [row("alone", 1, 2.0)]}]}
-    save(content, tmp_path)
-    (only,) = load(tmp_path)
-    assert (only.row.peer, only.row.median) == ("alone", 2.0) and 0 < only.seconds < 1e-2
-    save(content | {"format": 0}, tmp_path)
-    with pytest.raises(ValueError, match="format 0 is not 1; measure anew"):
+    slower = PROBE | {"figures": FIGURES | {"kernel": 3e-9}}
+    seconds = {}
+    for name, probes in (("once", [PROBE]), ("twice", [PROBE, slower]), ("slower", [slower])):
+        content = {"format": 2, "cases": [{"about": {}, "probes": probes, "rows": [row("alone", 1, 2.0)]}]}
+        save(content, tmp_path)
+        (only,) = load(tmp_path)
+        assert (only.row.peer, only.row.median) == ("alone", 2.0) and 0 < only.seconds < 1e-2
+        seconds[name] = only.seconds
+    assert seconds["once"] < seconds["slower"]
+    assert seconds["twice"] == pytest.approx((seconds["once"] + seconds["slower"]) / 2)
+    save(content | {"format": 1}, tmp_path)
+    with pytest.raises(ValueError, match="format 1 is not 2; measure anew"):
         load(tmp_path)
 
 
