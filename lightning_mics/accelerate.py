@@ -22,12 +22,14 @@ from accelerate.utils import TorchDynamoPlugin, is_compiled_module
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_mics._compat import mark_prepared, prepared
-from lightning_mics.accelerate_arguments import check_no_other_sharding, check_plan, of_dynamo, topology_of
+from lightning_mics.accelerate_arguments import check_no_other_sharding, of_dynamo, topology_of
 from lightning_mics.accelerate_calls import Calls, abort
 from lightning_mics.accelerate_optimizer import MiCSOptimizer
+from lightning_mics.accelerate_planning import TrainingStep, question_of, what_to_plan
 from lightning_mics.accelerate_saving import AcceleratorSavingMixin, alone_if_alone
 from lightning_mics.arguments import check_writers, compile_arguments, root_of, sharded_before
 from lightning_mics.blocks import BlockChoice, has_parameters
@@ -37,6 +39,8 @@ from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
+from lightning_mics.planner.plan import Workload
+from lightning_mics.planning import Asked, decide
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.successors import Successors, check_state
@@ -51,8 +55,9 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
     """MiCS for Accelerate: model state sharded in partition groups, replicated across them, synchronised in two hops.
 
     Args:
-        partition_size: ranks that hold one replica: a number, `"node"` for one replica a node (the default), or None
-            for one replica over all ranks (ZeRO-3).
+        partition_size: ranks that hold one replica: a number, `"node"` for one replica a node (the default), None for
+            one replica over all ranks (ZeRO-3), or "auto" for the fastest that fits `memory_budget`, as planned when a
+            model and its data loader are prepared in one call; the plan is logged.
         ranks_per_node: by default from the launcher, or from the ranks' host names.
         blocks: the modules whose parameters travel together. By default the model's repeated layers; otherwise a
             class or its name, several, a predicate `(name, module) -> bool`, or a `ModuleWrapPolicy`.
@@ -65,7 +70,8 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         between_nodes: parameters and hop 2 cross between nodes in this dtype, as `torch.bfloat16`, where theirs is
             wider. By default nothing is rounded.
         rung: what stays whole in memory instead of being moved again, "<parameters>/<gradients>", or "auto" for the
-            fastest that fits `memory_budget`, from the second window on.
+            fastest that fits `memory_budget`, from the second window on; or, beside partition_size="auto", the planned
+            one to begin with.
         memory_budget: for "auto": bytes (an int), or a share of the device's memory (a float).
         optimizer_state: "partition" shards the optimizer over the partition group, as parameters are; "world" over all
             ranks, for one optimizer of a model each of whose micro-steps is one forward and one backward. Gradients are
@@ -77,6 +83,8 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             to the first partition group.
         verify: how much of a checkpoint is compared with its checksums before it is loaded: "auto", all that will be
             read; "full", all; "off", nothing.
+        training_step: from the model and a batch to the loss, for "auto". By default a mapping's items are the model's
+            arguments, and a tuple's first item; the loss is `output.loss`, or stands for all that is returned.
         timeout: of the partition and replication groups. By default that of `InitProcessGroupKwargs`, or torch's.
         kwargs: Accelerate's own arguments.
 
@@ -103,15 +111,18 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         async_save: bool = False,
         writers: Writers | str = Writers.ALL,
         verify: Verify | str = Verify.AUTO,
+        training_step: TrainingStep | None = None,
         timeout: timedelta | None = None,
         **kwargs: Any,
     ) -> None:
-        check_plan(partition_size)
         check_no_other_sharding(kwargs)
         self._blocks = blocks
         self._activation_checkpointing = activation_checkpointing
         self._precision = Precision(param_dtype, reduce_dtype, between_nodes)
         self._rung = rung if rung == AUTO else Rung.parse(rung)
+        self._planned_rung: Rung | None = None
+        self._to_be_planned = partition_size == AUTO
+        self._training_step = training_step
         self._memory_budget = Budget(memory_budget).amount
         self._optimizer_state = OptimizerState.parse(optimizer_state, "optimizer_state")
         self._network = Network.load(network) if isinstance(network, str | Path) else network
@@ -124,7 +135,8 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         if self.fp8_enabled:
             raise ValueError('mixed_precision="fp8" is not supported here; choose "no", "fp16" or "bf16"')
         self._compile = of_dynamo(self.state.dynamo_plugin) if compiling is None else compiling
-        self._topology = topology_of(partition_size, ranks_per_node, self.num_processes)
+        until_planned: PartitionSize = "node" if self._to_be_planned else partition_size
+        self._topology = topology_of(until_planned, ranks_per_node, self.num_processes)
         if self.mixed_precision == "fp16" and not self.native_amp:
             log.warning('mixed_precision="fp16" computes in fp32 on CPU, as in Accelerate; choose "bf16"')
         if async_save:
@@ -133,7 +145,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
     @property
     @override
     def topology(self) -> Topology:
-        """Who shards with whom."""
+        """Who shards with whom. To be planned, it is one replica a node until then."""
         return self._topology
 
     # -- the model ---------------------------------------------------------------------------------------------------
@@ -151,8 +163,11 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         An optimizer may be made before or after its model is prepared, and prepared with it or without.
 
         Raises:
-            ValueError: for an optimizer whose state cannot be sharded, before any collective.
+            ValueError: for an optimizer whose state cannot be sharded, before any collective; and on every rank where
+                partition_size="auto" finds nothing to plan from, or nothing that fits.
         """
+        if self._to_be_planned and any(isinstance(obj, nn.Module) for obj in args):
+            self._plan(*what_to_plan(args))
         for obj in args:
             self._check_state(obj)
         sharded = [self.prepare_model(obj) if isinstance(obj, nn.Module) else obj for obj in args]
@@ -183,6 +198,8 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             raise ValueError("the model was loaded with a device map, and cannot be sharded; load it without")
         if is_compiled_module(model):
             raise ValueError("the model is compiled already; leave that to compile=True, which compiles block by block")
+        if self._to_be_planned:
+            what_to_plan([model])
         with self._successors.sharding(model):
             root = self._root_of(model)
         with self._without_dynamo():
@@ -196,7 +213,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         root = root_of(
             model,
             self.topology,
-            self._precision_of_shards(),
+            self._precision_of_shards(whole=self.topology.partition_size == 1),
             self._make_groups,
             blocks=self._blocks,
             activation_checkpointing=self._activation_checkpointing,
@@ -204,16 +221,42 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             network=self._network,
         )
         Calls.of(root).for_training = 0
-        root.set_rung(self._rung, self._memory_budget)
+        root.set_rung(self._rung, self._memory_budget, self._planned_rung)
         root.one_backward = True
         return root
+
+    def _plan(self, model: nn.Module, loader: DataLoader[Any]) -> None:
+        """Choose what is "auto", once. Collective on the default group."""
+        alone_if_alone(self.device)
+        workload = Workload(
+            model,
+            batch=lambda size: None,
+            blocks=self._blocks,
+            precision=self._precision_of_shards(whole=False),
+            optimizer_state=self._optimizer_state,
+            activation_checkpointing=self._activation_checkpointing,
+        )
+        asked = Asked(
+            partition_size=None,
+            rung=self._rung if isinstance(self._rung, Rung) else None,
+            window=self.gradient_accumulation_steps,
+            changes_batch=False,
+            memory_budget=self._memory_budget,
+        )
+        shares = self.num_processes if self.split_batches else 1
+        question = question_of(model, loader, workload, asked, self._training_step, self.autocast, shares)
+        nodes, k = self.topology.nodes, self.topology.ranks_per_node
+        decision = decide(question, self.device, nodes, k, self._network)
+        log.info("planned: " + "\n         ".join(decision.lines), main_process_only=True)
+        self._topology = Topology.resolve(decision.partition_size, world_size=self.num_processes, ranks_per_node=k)
+        self._planned_rung, self._to_be_planned = decision.rung, False
 
     def _make_groups(self) -> Groups:
         alone_if_alone(self.device)
         return Groups.create(self.topology, self.device.type, self._timeout)
 
-    def _precision_of_shards(self) -> Precision:
-        if self._precision.param_dtype is not None or self.topology.partition_size == 1 or not self.native_amp:
+    def _precision_of_shards(self, whole: bool) -> Precision:
+        if self._precision.param_dtype is not None or whole or not self.native_amp:
             return self._precision
         return replace(self._precision, param_dtype=_DTYPES.get(self.mixed_precision))
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch.distributed as dist
 from accelerate.utils import DynamoBackend
 
-from lightning_mics.ladder import AUTO
 from lightning_mics.topology import PartitionSize, Topology, equal_node_sizes, ranks_per_node_from_environment
 
 _PLUGINS = (
@@ -29,17 +28,6 @@ _VARIABLES = (
     "ACCELERATE_USE_MEGATRON_LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
-
-
-def check_plan(partition_size: object) -> None:
-    """Raises:
-    ValueError: for "auto".
-    """
-    if partition_size == AUTO:
-        raise ValueError(
-            'partition_size="auto" plans from an example of a batch, which Accelerate has none of when it is made; ask '
-            '`mics plan` and give the number that it says, or "node"'
-        )
 
 
 def check_no_other_sharding(arguments: Mapping[str, Any]) -> None:

@@ -1,28 +1,24 @@
-"""Planning: `partition_size="auto"` and `micro_batch="auto"`, decided when a fit begins.
+"""Planning: what is "auto" is decided before the model is sharded.
 
-Rank 0 plans from the LightningModule's training step on fake tensors, an example of a batch, what the devices do when
-all ranks are at work, and what is known of the network; all ranks take what it says. Nothing is taken out of the
-training data; see `Example`.
+Rank 0 plans from a training step on fake tensors, an example of a batch, what the devices do when all ranks are at
+work, and what is known of the network; all ranks take what it says.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mics._compat import FakeTensor, train_loader
+from lightning_mics._compat import FakeTensor
 from lightning_mics.ladder import Rung
 from lightning_mics.network import Network
 from lightning_mics.planner.block_call import BlockCall
@@ -31,14 +27,15 @@ from lightning_mics.planner.measured import busy, measure
 from lightning_mics.planner.measured_host import measure_hosts
 from lightning_mics.planner.plan import Planner, Workload
 
+_Told = TypeVar("_Told")
+
 _BATCH_SIZE = "batch_size"
 _STEPS = 3  # of each sample of what collectives cost
-_INSTEAD = 'choose partition_size="node" or a number, and no micro_batch'
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a fit is to do.
+    """What a training is to do.
 
     Attributes:
         partition_size: p.
@@ -57,67 +54,57 @@ class Decision:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a strategy asks for; None is what is to be chosen.
+    """What a training asks for; None is what is to be chosen.
 
     Attributes:
         partition_size: p.
         rung: what stays whole.
+        window: micro-steps of an optimizer step, as it is.
         changes_batch: whether the micro-batch may become another, with as many samples in an optimizer step.
         memory_budget: bytes (an int), or a share of the device's memory (a float).
     """
 
     partition_size: int | None
     rung: Rung | None
+    window: int
     changes_batch: bool
     memory_budget: int | float
 
 
-def decide(
-    trainer: Any,
-    workload: Workload,
-    asked: Asked,
-    device: torch.device,
-    nodes: int,
-    ranks_per_node: int,
-    network: Network | None,
-    computing: Callable[[], AbstractContextManager[Any]],
-) -> Decision:
-    """Measure the devices, and plan on rank 0, for all. Collective on the default group.
+@dataclass(frozen=True)
+class Example:
+    """What a micro-batch is like.
 
-    Args:
-        trainer: whose fit begins; its loaders are not made yet.
-        workload: with the LightningModule; batch and step are filled in here.
-        asked: what is given.
-        device: this rank's.
-        nodes: how many.
-        ranks_per_node: k.
-        network: as measured by `mics probe`; by default what is assumed of one.
-        computing: the context of a training step (its precision's).
-
-    Raises:
-        ValueError: on all ranks alike, with the reason for which rank 0 could not plan.
+    Attributes:
+        size: its samples.
+        batch: makes one of so many samples.
     """
-    told: list[Decision | str | None] = [None]
-    question = Question.of(trainer, workload, asked, computing)
-    cluster = _cluster_at_hand(question, device, nodes, ranks_per_node, network)
-    if dist.get_rank() == 0:
-        try:
-            told[0] = question.answer(trainer, cluster)
-        except Exception as error:  # the others wait for it
-            told[0] = f"{error}"
-            if not isinstance(error, ValueError):
-                told[0] = f"the training step cannot be planned: {type(error).__name__}: {error}; {_INSTEAD}"
-    dist.broadcast_object_list(told, src=0, device=device)
-    decision = told[0]
-    if not isinstance(decision, Decision):
-        raise ValueError(str(decision))
-    return decision
 
+    size: int
+    batch: Callable[[int], Any]
 
-def apply_batch(trainer: Any, decision: Decision) -> None:
-    """Give the Trainer's data another batch size, and the Trainer as many micro-steps as keep the samples of a step."""
-    lightning_setattr(trainer.lightning_module, _BATCH_SIZE, decision.micro_batch)
-    trainer.accumulate_grad_batches = decision.window
+    @classmethod
+    def of(cls, loader: object, instead: str, make: Callable[[int], Any] | None = None) -> Example:
+        """Copies of a loader's first sample: nothing is taken out of the data.
+
+        Args:
+            loader: a `DataLoader` over samples that can be had by their number.
+            instead: what else a user can do, for the error.
+            make: makes a batch of so many samples, if something does.
+
+        Raises:
+            ValueError: for a loader whose samples can be had only by taking them.
+        """
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            raise ValueError(
+                f"an example of a batch is needed, and {type(loader).__name__} gives one only by taking it out of the "
+                f"training data; {instead}"
+            )
+        first, collate = loader.dataset[0], loader.collate_fn
+        if loader.batch_sampler is None:  # samples are batches
+            return cls(1, lambda size: first)
+        size = loader.batch_size or getattr(loader.batch_sampler, _BATCH_SIZE, None) or 1
+        return cls(size, make or (lambda size: collate([first] * size)))
 
 
 @dataclass(frozen=True)
@@ -127,26 +114,24 @@ class Question:
     Attributes:
         asked: what is given.
         size: samples of a micro-batch of the data.
-        workload: the LightningModule's shapes and its training step; or the error for which there is none.
+        workload: the model's shapes and its training step; or the error for which there is none.
+        instead: what else a user can do, for errors.
     """
 
     asked: Asked
     size: int
     workload: Workload | Exception
+    instead: str
 
     @classmethod
-    def of(
-        cls, trainer: Any, workload: Workload, asked: Asked, computing: Callable[[], AbstractContextManager[Any]]
-    ) -> Question:
-        """That of a fit which begins. Raises nothing, as the other ranks go on."""
+    def of(cls, asked: Asked, make: Callable[[], tuple[int, Workload]], instead: str) -> Question:
+        """With the size and the workload that `make` makes. Raises nothing, as the other ranks go on."""
         try:
             with isolate_rng():
-                example = _checked_example(trainer, asked)
-                module = _shapes(trainer.lightning_module, trainer)
+                size, workload = make()
         except Exception as error:
-            return cls(asked, 0, error)
-        own = replace(workload, module=module, batch=example.batch, step=_training_step(computing))
-        return cls(asked, example.size, own)
+            return cls(asked, 0, error, instead)
+        return cls(asked, size, workload, instead)
 
     def block(self, device: torch.device) -> BlockCall | None:
         """One that can be timed on `device`; None if none can, by itself. Collective on the default group."""
@@ -162,22 +147,65 @@ class Question:
         dist.all_reduce(everywhere, dist.ReduceOp.MIN)
         return made if everywhere.item() else None
 
-    def answer(self, trainer: Any, cluster: Cluster) -> Decision:
-        """Plan it.
-
-        Raises:
-            Exception: that for which there is no workload, or what planning it raises.
+    def check(self) -> None:
+        """Raises:
+        Exception: that for which there is no workload.
         """
         if isinstance(self.workload, Exception):
             raise self.workload
+
+    def answer(self, cluster: Cluster) -> Decision:
+        """Plan it.
+
+        Raises:
+            Exception: what planning it raises.
+        """
+        assert isinstance(self.workload, Workload)  # as checked
         planner = Planner(self.workload, cluster, memory_budget=self.asked.memory_budget)
-        window = trainer.accumulate_grad_batches
+        window = self.asked.window
         of_step: dict[str, int] = {"micro_batch": self.size, "window": window}
         if self.asked.changes_batch:
             of_step = {"global_batch": self.size * window * cluster.devices}
         plan = planner.plan(partition_size=self.asked.partition_size, rung=self.asked.rung, **of_step)
         best = plan.best
         return Decision(best.partition_size, best.micro_batch, best.window, best.rung, tuple(plan.lines()))
+
+
+def decide(
+    question: Question, device: torch.device, nodes: int, ranks_per_node: int, network: Network | None
+) -> Decision:
+    """Measure the devices, and plan on rank 0, for all. Collective on the default group.
+
+    Args:
+        question: what is to be planned.
+        device: this rank's.
+        nodes: how many.
+        ranks_per_node: k.
+        network: as measured by `mics probe`; by default what is assumed of one.
+
+    Raises:
+        ValueError: on all ranks alike, with the reason for which rank 0 could not plan.
+    """
+    _told_by_rank_zero(question.check, question.instead, device)  # before anything is measured
+    cluster = _cluster_at_hand(question, device, nodes, ranks_per_node, network)
+    return _told_by_rank_zero(lambda: question.answer(cluster), question.instead, device)
+
+
+def _told_by_rank_zero(make: Callable[[], _Told], instead: str, device: torch.device) -> _Told:
+    """What rank 0 makes of it, or why it cannot, on all ranks. Collective on the default group."""
+    told: list[tuple[_Told | None, str | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = make(), None
+        except ValueError as error:  # the others wait for it
+            told[0] = None, f"{error}"
+        except Exception as error:
+            told[0] = None, f"the training step cannot be planned: {type(error).__name__}: {error}; {instead}"
+    dist.broadcast_object_list(told, src=0, device=device)
+    made, why_not = told[0]
+    if why_not is not None:
+        raise ValueError(why_not)
+    return made  # type: ignore[return-value]
 
 
 def _cluster_at_hand(
@@ -194,82 +222,22 @@ def _cluster_at_hand(
     return replace(cluster, backend="gloo", hosts=hosts)
 
 
-def _checked_example(trainer: Any, asked: Asked) -> Example:
-    module = trainer.lightning_module
-    if not module.automatic_optimization:
-        raise ValueError(f"a training step that optimizes by itself cannot be planned; {_INSTEAD}")
-    if asked.changes_batch and not lightning_hasattr(module, _BATCH_SIZE):
-        raise ValueError(
-            'micro_batch="auto" sets `batch_size` of the LightningModule or the LightningDataModule, and neither has '
-            "it; read it in train_dataloader(), or leave micro_batch out"
-        )
-    return Example.of(trainer)
+def shapes_of(module: nn.Module, *, kept: tuple[object, ...] = ()) -> nn.Module:
+    """A copy without the values of its parameters: whatever else a training step changes stays as it is.
 
-
-@dataclass(frozen=True)
-class Example:
-    """What a micro-batch is like.
-
-    Attributes:
-        size: its samples.
-        batch: makes one of so many samples.
+    Args:
+        module: on any device.
+        kept: what it refers to and is not copied, beside its buffers.
     """
-
-    size: int
-    batch: Callable[[int], Any]
-
-    @classmethod
-    def of(cls, trainer: Any) -> Example:
-        """That of a fit: by `example_batch(size)` of its data module or module, or by its loader's first sample.
-
-        Raises:
-            ValueError: if there is neither, as a batch could then be had only by taking it out of the training data.
-        """
-        module = trainer.lightning_module
-        known = (getattr(owner, "example_batch", None) for owner in (trainer.datamodule, module))
-        make = next((each for each in known if each is not None), None)
-        if make is not None and lightning_hasattr(module, _BATCH_SIZE):
-            return cls(int(lightning_getattr(module, _BATCH_SIZE)), make)
-        loader = train_loader(trainer)
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            raise ValueError(
-                f"an example of a batch is needed, and {type(loader).__name__} gives one only by taking it out of the "
-                "training data; give the LightningModule or the LightningDataModule a method example_batch(size) and "
-                f"an attribute batch_size, or {_INSTEAD}"
-            )
-        first, collate = loader.dataset[0], loader.collate_fn
-        if loader.batch_sampler is None:  # samples are batches
-            return cls(1, lambda size: first)
-        size = loader.batch_size or getattr(loader.batch_sampler, _BATCH_SIZE, None) or 1
-        return cls(size, make or (lambda size: collate([first] * size)))
-
-
-def _training_step(computing: Callable[[], AbstractContextManager[Any]]) -> Callable[[nn.Module, Any], Tensor]:
-    """From a LightningModule and a batch to the loss, as the Trainer has it, but that nothing is logged."""
-
-    def step(module: Any, batch: Any) -> Tensor:
-        wants_index = len(inspect.signature(module.training_step).parameters) > 1
-        with _silent(module), computing(), _Values():
-            output = module.training_step(batch, 0) if wants_index else module.training_step(batch)
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            raise ValueError(f"training_step returned {type(loss).__name__} for an example, not a loss; {_INSTEAD}")
-        return loss
-
-    return step
-
-
-def _shapes(module: nn.Module, trainer: Any) -> nn.Module:
-    """A copy without the values of its parameters: whatever else a training step changes stays as it is."""
-    kept = {id(trainer): trainer, **{id(buffer): buffer for buffer in module.buffers()}}
+    same = {id(each): each for each in (*kept, *module.buffers())}
     shapes = {
         id(param): nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
         for param in module.parameters()
     }
-    return copy.deepcopy(module, kept | shapes)
+    return copy.deepcopy(module, same | shapes)
 
 
-class _Values(TorchFunctionMode):
+class Values(TorchFunctionMode):
     """Numbers that are read off tensors without values, to be kept or shown, are 0."""
 
     _READS: ClassVar = {Tensor.item: float, Tensor.__float__: float, Tensor.__int__: int, Tensor.__bool__: bool}
@@ -278,17 +246,3 @@ class _Values(TorchFunctionMode):
         if func in self._READS and isinstance(args[0], FakeTensor):
             return self._READS[func](0)
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _silent(module: nn.Module) -> Iterator[None]:
-    """What is logged here would be shown as training's."""
-    names = ("log", "log_dict", "print")
-    before = {name: vars(module)[name] for name in names if name in vars(module)}
-    vars(module).update(dict.fromkeys(names, lambda *args, **kwargs: None))
-    try:
-        yield
-    finally:
-        for name in names:
-            del vars(module)[name]
-        vars(module).update(before)

@@ -26,12 +26,13 @@ from typing_extensions import override
 from lightning_mics.arguments import check_writers, sharded_before
 from lightning_mics.blocks import BlockChoice
 from lightning_mics.checkpoint import TrainingRng, Verify, Writers
+from lightning_mics.fit_planning import apply_batch, question_of
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner.plan import Workload
-from lightning_mics.planning import Asked, apply_batch, decide
+from lightning_mics.planning import Asked, decide
 from lightning_mics.preemption import Preemption
 from lightning_mics.refusals import check_callbacks, check_not_in_backward, check_optimizers
 from lightning_mics.running import RunningMixin, register_in
@@ -240,19 +241,13 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
         asked = Asked(
             partition_size=None if "partition_size" in self._planned else self.topology.partition_size,
             rung=self._rung if isinstance(self._rung, Rung) else None,
+            window=trainer.accumulate_grad_batches,
             changes_batch="micro_batch" in self._planned,
             memory_budget=self._memory_budget,
         )
-        decision = decide(
-            trainer,
-            workload,
-            asked,
-            self.root_device,
-            self.topology.nodes,
-            self.topology.ranks_per_node,
-            self._network,
-            precision.train_step_context,
-        )
+        question = question_of(trainer, workload, asked, precision.train_step_context)
+        nodes, k = self.topology.nodes, self.topology.ranks_per_node
+        decision = decide(question, self.root_device, nodes, k, self._network)
         rank_zero_info("planned: " + "\n         ".join(decision.lines))
         self._partition_size, self._planned_rung = decision.partition_size, decision.rung
         if asked.changes_batch:

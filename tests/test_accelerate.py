@@ -31,7 +31,6 @@ def _alone() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"partition_size": "auto"}, r'partition_size="auto" plans from an example of a batch.*`mics plan`'),
         ({"partition_size": 2}, r"partition_size=2 does not divide world_size=1; choose one of 1"),
         ({"fsdp_plugin": FullyShardedDataParallelPlugin}, r"fsdp_plugin asks Accelerate to shard .* leave it out"),
         ({"parallelism_config": ParallelismConfig}, r"parallelism_config asks Accelerate to shard"),

@@ -39,7 +39,7 @@ ROWS = (
         "accelerate_calls",
         "accelerate_optimizer",
     },
-    {"accelerate_saving"},
+    {"accelerate_saving", "accelerate_planning", "fit_planning"},
     {"strategy", "fabric", "accelerate"},
     {"callbacks", "hugging_face_trainer"},
     {"plan_arguments", "hydra_workload"},
