@@ -1,8 +1,8 @@
-"""Hugging Face's Trainer: `MiCSTrainer(model, args, mics={"partition_size": 8}, train_dataset=...)`.
+"""Hugging Face's Trainers: `MiCSTrainer(model, args, mics={"partition_size": 8}, train_dataset=...)`.
 
-A `transformers.Trainer` whose accelerator is a `MiCSAccelerator`. What it overrides has names with an underscore, as
-Trainer leaves no others for these: the arguments of the accelerator that it makes, the model that it trains and
-evaluates, and the files of a checkpoint that would hold one rank's shards.
+A `transformers.Trainer`, or `Seq2SeqTrainer`, whose accelerator is a `MiCSAccelerator`. What it overrides has names
+with an underscore, as Trainer leaves no others for these: the arguments of the accelerator that it makes, the model
+that it trains and evaluates, and the files of a checkpoint that would hold one rank's shards.
 """
 
 from __future__ import annotations
@@ -10,29 +10,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 from typing_extensions import override
 
 from lightning_mics.accelerate import MiCSAccelerator
 from lightning_mics.accelerate_arguments import check_no_other_sharding
 from lightning_mics.arguments import sharded_before
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
 STATE = "mics"
 """The folder of a Trainer's checkpoint in which `MiCSAccelerator.save_state` writes."""
 _SCHEDULER = "scheduler.pt"  # as Trainer names it
 
 
-class MiCSTrainer(Trainer):
-    """`transformers.Trainer` with model state sharded in partition groups.
+class MiCSTrainerMixin(_Base):
+    """Model state sharded in partition groups; to stand before the Trainer's class.
 
     Args:
-        args: as of `Trainer`.
+        args: as of the Trainer.
         mics: arguments of `MiCSAccelerator`, as `{"partition_size": 8}`.
-        kwargs: as of `Trainer`.
+        kwargs: as of the Trainer.
 
     Raises:
         ValueError: for arguments of `TrainingArguments` that ask for another sharding, or for several devices in one
@@ -101,6 +106,26 @@ class MiCSTrainer(Trainer):
         best = self.state.best_model_checkpoint
         assert best is not None
         self.accelerator.load_model(self.model, Path(best, STATE))
+
+
+class MiCSTrainer(MiCSTrainerMixin, Trainer):
+    """`transformers.Trainer` with model state sharded in partition groups; see `MiCSTrainerMixin`."""
+
+
+class MiCSSeq2SeqTrainer(MiCSTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` so; ranks whose sequences have ended go on until those of all ranks have."""
+
+    @override
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        found: dict[str, float] = super().evaluate(*args, **self._in_step(kwargs))
+        return found
+
+    @override
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        return super().predict(*args, **self._in_step(kwargs))
+
+    def _in_step(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"synced_gpus": True, **kwargs} if self.args.predict_with_generate else kwargs
 
 
 def _check(args: Any) -> None:

@@ -50,6 +50,7 @@ from lightning_mics.usage import Usage
 from lightning_mics.wire import Wire
 
 _UNCHANGED = Precision()
+_GENERATE = "generate"
 
 OUTSIDE = "what lies outside the blocks"
 ON_EVERY_RANK = "parameters without dimensions"
@@ -123,6 +124,27 @@ class MiCSModule(nn.Module):
                     self.release()
 
         self.module.forward = forward  # type: ignore[method-assign]
+        if callable(getattr(self.module, _GENERATE, None)):
+            self._take_generation()
+
+    def _take_generation(self) -> None:
+        """Let `module.generate`, as Hugging Face's models have it, be a forward of this root: many of the blocks."""
+        plain: Callable[..., Any] = getattr(self.module, _GENERATE)
+
+        @functools.wraps(plain)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if self.order.inside:
+                return plain(*args, **kwargs)
+            passes, self.order.pass_skipped = self.order.pass_skipped, False
+            self._from_outside = plain
+            try:
+                with torch.no_grad():
+                    return self(*args, **kwargs)
+            finally:
+                self._from_outside, self.order.pass_skipped = None, passes
+                self.release()
+
+        setattr(self.module, _GENERATE, generate)
 
     @property
     def rung(self) -> Rung:

@@ -9,9 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
-from lightning_mics.hugging_face_trainer import MiCSTrainer
+from lightning_mics.hugging_face_trainer import MiCSSeq2SeqTrainer, MiCSTrainer
 from tests.distributed.accelerating import fresh, launched
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import assert_close, assert_same_losses, parameters
@@ -102,6 +111,32 @@ def _resumes(folder: str) -> None:
         assert_same_losses([best.evaluate()["eval_loss"]], [min(evaluated)], "the best", rtol=1e-6)
         best.train()
         assert len(logged(best, "loss")) == 9
+
+
+def _generates(folder: str) -> None:
+    """Sequences that end elsewhere on each rank, between two trainings."""
+    with launched():
+        found = []
+        for cls, more in ((Seq2SeqTrainer, {}), (MiCSSeq2SeqTrainer, {"mics": {"partition_size": 2}})):
+            fresh()
+            torch.manual_seed(0)
+            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+            model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
+            options = {"max_steps": 2, "warmup_steps": 0, "eval_strategy": "no", "save_strategy": "no"}
+            args = Seq2SeqTrainingArguments(
+                **arguments(folder, **options).to_dict(), predict_with_generate=True, generation_max_length=12
+            )
+            seq2seq = cls(model, args, train_dataset=samples(24), eval_dataset=samples(11), **more)
+            for _ in range(2):
+                seq2seq.train()
+                found.append(seq2seq.predict(samples(11), do_sample=False).predictions.tolist())
+        first, second, *ours = found
+        assert ours == [first, second] and first != second
+        assert len({tuple(sequence) for sequence in second}) > 1
+
+
+def test_sequences_are_generated_as_under_ddp(tmp_path: Path) -> None:
+    run_ranks(4, _generates, str(tmp_path))
 
 
 @pytest.mark.slow
