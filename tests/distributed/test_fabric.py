@@ -284,6 +284,7 @@ def windows_of_ddp() -> None:
     assert_close(trained(mics(1), closures, optimizer=lbfgs), expected, "LBFGS", atol=1e-6)
 
 
+@pytest.mark.slow
 def test_windows_are_those_of_ddp() -> None:
     run_ranks(RANKS, windows_of_ddp)
 

@@ -194,6 +194,7 @@ def test_all_ranks_stop_after_the_same_step_whoever_got_the_signal(tmp_path: Pat
 # -- when it comes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wherever_the_signal_comes_no_step_is_lost(tmp_path: Path) -> None:
     """Validation runs after the fourth batch of each epoch of six, for two batches; the sanity check for one."""
     cases = {
