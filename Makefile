@@ -1,5 +1,6 @@
 # make train   train a small GPT on real text, four processes in two partition groups
-# make test    all tests, in two processes; WORKERS=0 for one
+# make test    all tests but the slow ones, in two processes; WORKERS=0 for one
+# make test-slow    the slow ones: what starts whole programs, clusters and larger models
 # make lint    style and types
 # make clean   remove the environment and caches; outputs/, with its checkpoints, stays
 
@@ -11,13 +12,16 @@ WORKERS ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint clean install
+.PHONY: train test test-slow lint clean install
 
 train: install
 	$(BIN)/python recipes/train.py $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ def _time_fsdp2(model: nn.Module) -> list[Interval]:
     return intervals
 
 
-def _measure_fsdp2(topology: Topology) -> dict[str, Any]:
+def _measure_fsdp2(topology: Topology, count: int) -> dict[str, Any]:
     everyone = Topology(topology.world_size, topology.ranks_per_node, topology.world_size)
     peer = FSDP2(mesh_of(everyone), Rung())
     intervals = _time_fsdp2(peer.model)
@@ -81,10 +81,10 @@ def _measure_fsdp2(topology: Topology) -> dict[str, Any]:
         intervals.clear()
         return now, sum(end - began for _, began, end in now)
 
-    return _steps(peer, taken)
+    return _steps(peer, count, taken)
 
 
-def _measure_ours(topology: Topology) -> dict[str, Any]:
+def _measure_ours(topology: Topology, count: int) -> dict[str, Any]:
     peer = MiCS(topology, Rung())
     traffics = [traffic for traffic in (peer.root.wire.gather, peer.root.wire.hop_1) if traffic is not None]
     for traffic in traffics:
@@ -97,12 +97,12 @@ def _measure_ours(topology: Topology) -> dict[str, Any]:
         intervals = [(t.what.split(" of ")[0].removeprefix("all-"), t.began, t.ended) for t in transfers]
         return intervals, sum(t.blocked for t in transfers)
 
-    return _steps(peer, taken)
+    return _steps(peer, count, taken)
 
 
-def _steps(peer: Any, taken: Callable[[], tuple[list[Interval], float]]) -> dict[str, Any]:
+def _steps(peer: Any, count: int, taken: Callable[[], tuple[list[Interval], float]]) -> dict[str, Any]:
     steps = []
-    for step in range(1 + _STEPS):
+    for step in range(1 + count):
         data = batches(step, dist.get_rank(), _WINDOW)
         dist.barrier()
         began = time.perf_counter()
@@ -124,14 +124,14 @@ def busy(intervals: Sequence[Interval]) -> float:
     return total
 
 
-def _rank(nodes: int, ranks_per_node: int, file: str) -> None:
+def _rank(nodes: int, ranks_per_node: int, steps: int, file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     topology = Topology(nodes * ranks_per_node, ranks_per_node, nodes * ranks_per_node)
     measured = {
-        "alone": _steps(Alone(), lambda: ([], 0.0)),
-        "FSDP2": _measure_fsdp2(topology),
-        "lightning-mics": _measure_ours(topology),
+        "alone": _steps(Alone(), steps, lambda: ([], 0.0)),
+        "FSDP2": _measure_fsdp2(topology, steps),
+        "lightning-mics": _measure_ours(topology, steps),
     }
     if dist.get_rank() == 0:
         Path(file).write_text(json.dumps(measured))
@@ -147,6 +147,7 @@ def main(
     link: Annotated[list[str] | None, typer.Option(help='As "200 Mb/s", "1 Gb/s + 1 ms", "unshaped".')] = None,
     nodes: Annotated[int, typer.Option(help="Number of nodes.")] = 2,
     ranks_per_node: Annotated[int, typer.Option(help="Ranks on each.")] = 2,
+    steps: Annotated[int, typer.Option(help="Optimizer steps that are timed, after one that is not.")] = _STEPS,
     folder: Annotated[Path, typer.Option(help="Where results go.")] = _FOLDER,
 ) -> None:
     """Measure how much of the communication is covered by computation, at p = n."""
@@ -159,7 +160,7 @@ def main(
     for text in link or ["200 Mb/s", "1 Gb/s"]:
         with tempfile.TemporaryDirectory() as place, VirtualCluster(nodes, ranks_per_node, Link.parse(text)) as cluster:
             file = Path(place, "measured.json")
-            cluster.torchrun("-m", "benchmarks.overlap", "rank", str(nodes), str(ranks_per_node), str(file))
+            cluster.torchrun("-m", "benchmarks.overlap", "rank", *map(str, (nodes, ranks_per_node, steps, file)))
             measured[text] = json.loads(file.read_text())
         Console(width=110).print(_table(text, measured[text]))
     content = {"about": about(nodes=nodes, ranks_per_node=ranks_per_node, window=_WINDOW), "links": measured}
@@ -169,7 +170,8 @@ def main(
 
 
 def _table(link: str, measured: dict[str, Any]) -> Table:
-    table = Table(title=f"p = n, window {_WINDOW}, {link}: medians of {_STEPS} optimizer steps on rank 0")
+    steps = max(len(content["steps"]) for content in measured.values())
+    table = Table(title=f"p = n, window {_WINDOW}, {link}: medians of {steps} optimizer steps on rank 0")
     for column in ("engine", "s / step", "communicating, s", "standing still, s", "covered, s", "covered"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name, content in measured.items():
@@ -193,7 +195,8 @@ def _picture(measured: dict[str, Any], file: Path) -> None:
     lanes = [(name, what) for name in ("FSDP2", "lightning-mics") for what in ("gather", "reduce-scatter")]
     for axis, (link, engines) in zip(axes[:, 0], measured.items(), strict=True):
         for lane, (name, what) in enumerate(lanes):
-            step = sorted(engines[name]["steps"], key=lambda s: s["seconds"])[_STEPS // 2]
+            by_time = sorted(engines[name]["steps"], key=lambda s: s["seconds"])
+            step = by_time[len(by_time) // 2]
             bars = [(began, end - began) for kind, began, end in step["intervals"] if kind == what]
             axis.broken_barh(bars, (lane - 0.4, 0.8), color="C0" if name == "FSDP2" else "C1")
             axis.plot([step["seconds"]] * 2, [lane - 0.4, lane + 0.4], color="black")
@@ -207,6 +210,6 @@ def _picture(measured: dict[str, Any], file: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["rank"]:
-        _rank(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+        _rank(int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
     else:
         app()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from lightning_mics import MiCSStrategy
 from lightning_mics.network import Network
 from lightning_mics.version import __version__
 from mics_tools.cli import app
+from tests.distributed.ranks import begun
 from tests.ports import reserved_port
 
 OPTIONS = ["probe", "--device", "cpu", "--output", "network.json"]
@@ -30,34 +34,32 @@ runpy.run_module("lightning_mics", run_name="__main__")
 """
 
 
-def _start(command: list[str], folder: Path, **env: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    everything = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", **env}
-    return subprocess.Popen(command, cwd=folder, env=everything, stdout=subprocess.PIPE, text=True)
-
-
-def _outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
-    try:
-        outputs = [process.communicate(timeout=900)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    return outputs
-
-
 def _script(folder: Path) -> str:
     script = folder / "probe.py"
     script.write_text(IN_FEWER_ROUNDS)
     return str(script)
 
 
-def _by_torchrun(folder: Path) -> list[str]:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return _outputs([_start([sys.executable, *start, _script(folder), *OPTIONS], folder)])
+def _by_torchrun(folder: Path) -> str:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*start, _script(folder), *OPTIONS], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
-def _by_slurm(folder: Path) -> list[str]:
+def _task(script: str, env: dict[str, str]) -> None:
+    """What `srun` starts, in a process that has imported all already."""
+    folder = Path(script).parent
+    os.environ.update(env)
+    os.chdir(folder)
+    sys.argv = [script, *OPTIONS]
+    with (folder / f"said {env['SLURM_PROCID']}").open("w") as said, redirect_stdout(said):
+        runpy.run_path(script, run_name="__main__")
+
+
+def _by_slurm(folder: Path) -> str:
     job = {
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "1",
@@ -65,17 +67,24 @@ def _by_slurm(folder: Path) -> list[str]:
         "SLURM_JOB_ID": "7",
         "SLURM_NODELIST": "127.0.0.1",
     }
-    job |= {"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
-    command = [sys.executable, _script(folder), *OPTIONS]
+    job |= {"SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0", "GLOO_SOCKET_IFNAME": "lo"}
     with reserved_port() as port:
         job["MASTER_PORT"] = str(port)
-        return _outputs([_start(command, folder, **job, SLURM_PROCID=rank) for rank in "01"])
+        tasks = [begun(_task, _script(folder), job | {"SLURM_PROCID": rank}) for rank in "01"]
+        for task in tasks:
+            task.join(900)
+    said = "".join((folder / f"said {rank}").read_text() for rank in "01")
+    assert [task.exitcode for task in tasks] == [0, 0], said
+    return said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("launch", "measured"), [(_by_torchrun, "intra"), (_by_slurm, "inter")])
-def test_the_probe_writes_a_file_that_names_no_machine(tmp_path: Path, launch: object, measured: str) -> None:
-    said = "".join(launch(tmp_path))  # type: ignore[operator]
+@pytest.mark.parametrize(
+    ("launch", "measured"), [pytest.param(_by_torchrun, "intra", marks=pytest.mark.slow), (_by_slurm, "inter")]
+)
+def test_the_probe_writes_a_file_that_names_no_machine(
+    tmp_path: Path, launch: Callable[[Path], str], measured: str
+) -> None:
+    said = launch(tmp_path)
     assert said.count("written to network.json") == 1
     network = Network.load(tmp_path / "network.json")
     assert {"intra": network.intra, "inter": network.inter}[measured].samples

@@ -1,6 +1,6 @@
 """The README's commands do what it says. Training commands run in less than the short form, `experiment=smoke`.
 
-`make train` itself is run by `.ci/run`, beside these.
+`make train`, which starts its processes itself, is run by `.ci/run`, beside these.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.ports import reserved_port
+from tests.recipes.jobs import shown_by
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +43,13 @@ class Model(LightningModule):
 
 model, data = Model(), torch.utils.data.DataLoader(torch.randn(64, 8), batch_size=4)
 """
+
+
+def brief(folder: Path) -> list[str]:
+    """Options of a training on little text, without samples."""
+    (folder / "corpus.py").write_text("".join(f"def number_{n}(x):\n    return x + {n}\n\n\n" for n in range(2000)))
+    text = [f"data.path={folder}/corpus.py", "data.vocab_size=300", "data.val_fraction=0.3", "sample.tokens=0"]
+    return ["experiment=smoke", "trainer.max_steps=2", *text, f"run_dir={folder}/run"]
 
 
 def run(command: list[str], cwd: Path) -> str:
@@ -73,15 +81,23 @@ def test_make_knows_both_commands() -> None:
         assert runs in run(["make", "--dry-run", target], ROOT)
 
 
-def test_help_lists_groups_and_models() -> None:
-    said = run([sys.executable, "recipes/train.py", "--help"], ROOT)
+def test_help_lists_groups_and_models(tmp_path: Path) -> None:
+    said = shown_by(1, "train.py", ["--help"], tmp_path)
     assert "gpt_175b" in said and "strategy" in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", TRAININGS)
+@pytest.mark.parametrize("command", [command for command in TRAININGS if command.startswith("python ")])
 def test_trainings_run(command: str, tmp_path: Path) -> None:
-    options = ["experiment=smoke", "trainer.max_steps=5", "trainer.val_check_interval=20", f"run_dir={tmp_path}/run"]
-    said = run([*command.split(), *options], ROOT)
-    assert "go on with" in said
+    _, script, *overrides = command.split()
+    shown = shown_by(4, Path(script).name, [*overrides, *brief(tmp_path)], tmp_path)
+    assert "go on with  python " in shown
+    assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_training(tmp_path: Path) -> None:
+    (command,) = (command for command in TRAININGS if not command.startswith("python "))
+    assert command.startswith("torchrun ")
+    shown = run([*command.split(), *brief(tmp_path)], ROOT)
+    assert "go on with  torchrun --standalone --nproc-per-node 4 recipes/train.py " in shown
     assert (tmp_path / "run").is_dir()

@@ -23,7 +23,9 @@ def test_what_overlaps_is_busy_once() -> None:
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 def test_the_command(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    told = CliRunner().invoke(app, ["--link", "unshaped", "--folder", str(tmp_path)], catch_exceptions=False)
+    told = CliRunner().invoke(
+        app, ["--link", "unshaped", "--steps", "1", "--folder", str(tmp_path)], catch_exceptions=False
+    )
     assert told.exit_code == 0 and "lightning-mics" in told.output
     (folder,) = tmp_path.iterdir()
     assert (folder / "overlap.png").stat().st_size > 10_000

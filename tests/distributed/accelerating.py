@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mics.accelerate import MiCSAccelerator
-from tests.distributed.toys import WIDTH, Layer, whole
+from tests.distributed.toys import WIDTH, Layer, wholes
 
 
 class Net(nn.Module):
@@ -69,4 +69,4 @@ def theirs(**options: Any) -> Accelerator:
 
 def parameters(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """Full copies, by name."""
-    return {name: whole(param) for name, param in accelerator.unwrap_model(model).named_parameters()}
+    return wholes(dict(accelerator.unwrap_model(model).named_parameters()))

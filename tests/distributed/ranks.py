@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from tests.ports import reserved_port
@@ -31,6 +32,13 @@ _context.set_forkserver_preload(
         "transformers.models.gpt2.modeling_gpt2",
     ]
 )
+
+
+def begun(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """A process of the fork server's that calls `function(*args)`."""
+    process = _context.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
 
 
 def run_ranks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning_fabric
@@ -39,6 +39,7 @@ from tests.distributed.toys import (
     parameters,
     trainer,
     whole,
+    wholes,
 )
 from tests.distributed.toys import ddp as ddp_strategy
 from tests.distributed.toys import seeded as seeded_toy
@@ -59,11 +60,15 @@ def trained(fabric: Any, loop: Loop, **options: Any) -> dict[str, Tensor]:
     return parameters(model.module)
 
 
-def assert_as_ddp(loop: Loop, *settings: dict[str, Any], unused: bool = False, **options: Any) -> None:
-    """A loop does to the parameters what it does under DDP: at p = 2 with each setting, elsewhere with the first."""
-    expected = trained(ddp(find_unused_parameters=unused), loop, **options)
-    first, *others = settings or (LOWEST,)
-    for p, setting in [(1, first), (4, first), (2, first), *((2, other) for other in others)]:
+def assert_as_ddp(loop: Loop, *cases: tuple[int, dict[str, Any]], unused: bool = False, **options: Any) -> None:
+    """A loop does to the parameters what it does under DDP, at each partition size with its settings."""
+    assert_all(cases, loop, trained(ddp(find_unused_parameters=unused), loop, **options), **options)
+
+
+def assert_all(
+    cases: Iterable[tuple[int, dict[str, Any]]], loop: Loop, expected: dict[str, Tensor], **options: Any
+) -> None:
+    for p, setting in cases:
         assert_close(trained(mics(p, **setting), loop, **options), expected, f"{loop} p={p} {setting}", atol=1e-6)
 
 
@@ -85,8 +90,7 @@ def losses_norms_and_parameters(fabric: Any, norm_type: float = 2.0) -> tuple[li
 def numbers_of_ddp() -> None:
     losses, norms, expected = losses_norms_and_parameters(ddp())
     assert max(norms) > 0.05  # clipped
-    settings = [(p, LOWEST) for p in (1, 2, 4)] + [(1, WORLD), (4, HELD), (4, {"rung": "auto"})]
-    for p, setting in settings + [(2, setting) for setting in (HELD, WORLD, WORLD | HELD)]:
+    for p, setting in ((1, LOWEST), (2, LOWEST), (4, HELD), (4, {"rung": "auto"}), (1, WORLD), (2, WORLD | HELD)):
         what = f"p={p} {setting}"
         ours = losses_norms_and_parameters(mics(p, **setting))
         assert_same_losses(ours[0], losses, what, rtol=1e-6)
@@ -98,10 +102,9 @@ def numbers_of_ddp() -> None:
     def by_value(fabric: Any, model: Any, optimizer: Any) -> None:
         train(fabric, model, optimizer, before_step=lambda: fabric.clip_gradients(model, optimizer, clip_val=0.01))
 
-    assert_as_ddp(by_value, LOWEST, WORLD)
+    assert_as_ddp(by_value, (2, LOWEST), (1, WORLD))
 
 
-@pytest.mark.slow
 def test_losses_norms_and_parameters_are_those_of_ddp() -> None:
     run_ranks(RANKS, numbers_of_ddp)
 
@@ -255,15 +258,27 @@ def lbfgs(params: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
 def windows_of_ddp() -> None:
     # AdamW would hide a gradient that is too large by a factor.
     options: dict[str, Any] = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1, weight_decay=0.1)}
-    for clear in (none_by_optimizer, zeros_by_optimizer, by_module):
-        assert_as_ddp(cut_short(clear), HELD, LOWEST, WORLD, WORLD | HELD, **options)
+    expected = trained(ddp(), cut_short(none_by_optimizer), **options)  # however they are cleared
+    for clear, *cases in (
+        (none_by_optimizer, (1, LOWEST), (2, HELD), (2, WORLD | HELD)),
+        (zeros_by_optimizer, (2, LOWEST), (4, HELD), (2, WORLD)),
+        (by_module, (2, HELD), (1, WORLD)),
+    ):
+        assert_all(cases, cut_short(clear), expected, **options)
     at_once = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1, foreach=True)}  # clears them together
-    assert_as_ddp(cut_short(zeros_by_optimizer), HELD, **at_once)
-    for loop in (last_inside, two_forwards, losses_that_are_left, nested, raised_inside):
-        assert_as_ddp(loop, LOWEST, HELD, WORLD, **options)
-    assert_as_ddp(never_cleared, LOWEST, HELD, **options)
-    assert_as_ddp(unused_layers, LOWEST, HELD, WORLD, unused=True, make=Halves, **options)
-    assert_as_ddp(closures, LOWEST, WORLD, **options)
+    assert_as_ddp(cut_short(zeros_by_optimizer), (2, HELD), **at_once)
+    for loop, *cases in (
+        (last_inside, (2, LOWEST), (1, HELD), (2, WORLD)),
+        (two_forwards, (2, LOWEST), (4, HELD), (2, WORLD)),
+        (losses_that_are_left, (2, LOWEST), (1, HELD), (2, WORLD)),
+        (nested, (2, LOWEST), (4, HELD)),
+        (raised_inside, (4, LOWEST), (2, LOWEST), (2, HELD), (1, WORLD)),
+        (never_cleared, (2, LOWEST), (1, HELD)),
+        (closures, (2, LOWEST), (1, WORLD)),
+    ):
+        assert_as_ddp(loop, *cases, **options)
+    cases = (1, LOWEST), (2, LOWEST), (4, HELD), (2, WORLD)
+    assert_as_ddp(unused_layers, *cases, unused=True, make=Halves, **options)
     # LBFGS lays gradients end to end, which torch does not do where shards are unequal.
     expected = trained(ddp(), closures, optimizer=lbfgs)
     assert_close(trained(mics(1), closures, optimizer=lbfgs), expected, "LBFGS", atol=1e-6)
@@ -353,7 +368,7 @@ def halves_with_optimizers(fabric: Any) -> dict[str, Tensor]:
 def wire_and_several() -> None:
     hops()
     expected, halves = adversaries(ddp()), halves_with_optimizers(ddp())
-    for p in (1, 2, 4):
+    for p in (1, 2):
         assert_close(adversaries(mics(p), watch=p == 2), expected, f"two modules, p={p}", atol=1e-6)
         assert_close(halves_with_optimizers(mics(p)), halves, f"two optimizers, p={p}", atol=1e-6)
     assert_close(halves_with_optimizers(mics(2, **HELD)), halves, "two optimizers, held", atol=1e-6)
@@ -374,7 +389,7 @@ def setting_up() -> None:
         return torch.optim.Adagrad(params, lr=0.1, initial_accumulator_value=0.1)  # has state when it is made
 
     expected = trained(ddp(), train_two)
-    assert_as_ddp(train_two, LOWEST, WORLD, optimizer=adagrad)
+    assert_as_ddp(train_two, (2, LOWEST), (2, WORLD), optimizer=adagrad)
 
     for after in (True, False):  # apart; the optimizer is made of the shards, or of the whole parameters before
         fabric = mics(2)
@@ -455,7 +470,7 @@ def evaluating() -> None:
         model.eval()
         with torch.no_grad():
             now = model(x)
-        reference.load_state_dict({k: whole(v) for k, v in model.module.state_dict().items()})
+        reference.load_state_dict(wholes(model.module.state_dict()))
         torch.testing.assert_close(now, reference(x), rtol=0, atol=1e-6)
         seen = [torch.zeros(1) for _ in range(RANKS)]
         dist.all_gather(seen, model.module.seen)
@@ -467,7 +482,7 @@ def evaluating() -> None:
         for param in model.parameters():
             param.mul_(0.5)
         half = model(x)
-    reference.load_state_dict({k: whole(v) for k, v in model.module.state_dict().items()})
+    reference.load_state_dict(wholes(model.module.state_dict()))
     torch.testing.assert_close(half, reference(x), rtol=0, atol=1e-6)
     model.mark_forward_method("doubled")
     torch.testing.assert_close(model.doubled(x), 2 * reference(x), rtol=0, atol=1e-6)
@@ -545,7 +560,6 @@ def everything_else() -> None:
         check()
 
 
-@pytest.mark.slow
 def test_what_is_set_up() -> None:
     run_ranks(RANKS, everything_else)
 

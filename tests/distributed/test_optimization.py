@@ -31,7 +31,7 @@ from tests.distributed.toys import (
 )
 
 
-def _compare(make: Callable[[], Toy], what: str = "", batches: int = 20, **options: Any) -> tuple[Toy, Toy]:
+def _compare(make: Callable[[], Toy], what: str = "", batches: int = 12, **options: Any) -> tuple[Toy, Toy]:
     """Train under MiCS and under DDP, and hold one against the other."""
     ours, theirs = make(), make()
     trainer(mics(), **options).fit(ours, Batches(batches))
@@ -143,8 +143,8 @@ def _manual() -> None:
     for module in (TogglesSync, Accumulates):
         _compare(lambda module=module: seeded(module))
     ours, theirs = seeded(NeverSyncs), seeded(TogglesSync)
-    trainer(mics()).fit(ours, Batches(20))
-    trainer(ddp()).fit(theirs, Batches(20))
+    trainer(mics()).fit(ours, Batches(12))
+    trainer(ddp()).fit(theirs, Batches(12))
     assert_same_training(ours, theirs, "synchronised by the step")
 
 
@@ -253,9 +253,9 @@ class Thaws(Toy):
 
 def _frozen() -> None:
     ours, theirs = seeded(Thaws), seeded(Thaws)
-    trainer(mics(), accumulate_grad_batches=4).fit(ours, Batches(20))
+    trainer(mics(), accumulate_grad_batches=4).fit(ours, Batches(16))
     optimizer = theirs.configure_optimizers()
-    for index in range(20):  # DDP decides what trains when it wraps the module, so that it cannot be the reference
+    for index in range(16):  # DDP decides what trains when it wraps the module, so that it cannot be the reference
         if index == 8:
             theirs.thaw()
         losses = [theirs.loss(batch_of(index, rank)) for rank in range(4)]
@@ -304,9 +304,9 @@ class Boundary(Spares):
 def _unused() -> None:
     _compare(lambda: seeded(Boundary), accumulate_grad_batches=4)
     ours, theirs = seeded(Spares), seeded(Spares)
-    trainer(mics(), accumulate_grad_batches=4).fit(ours, Batches(20))
+    trainer(mics(), accumulate_grad_batches=4).fit(ours, Batches(12))
     optimizer = theirs.configure_optimizers()
-    for index in range(20):  # DDP misses a gradient that came before the boundary, and only there
+    for index in range(12):  # DDP misses a gradient that came before the boundary, and only there
         losses = [theirs.loss(batch_of(index, rank)) for rank in range(4)]
         theirs.losses.append(losses[dist.get_rank()].item())
         if index % 4 == 2:

@@ -74,9 +74,6 @@ class Stoppable(Toy):
         if self.signals is not None and (hook, counts[hook]) == (self.signals.hook, self.signals.count):
             self.signals.send()
 
-    def on_train_start(self) -> None:
-        self._enter("on_train_start")
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._enter("training_step")
         return super().training_step(batch, batch_idx)
@@ -184,11 +181,9 @@ def _saves(folder: Path) -> ModelCheckpoint:
 # -- who hears it ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_all_ranks_stop_after_the_same_step_whoever_got_the_signal(tmp_path: Path) -> None:
     """In the first micro-step of a window of two its question is not asked yet; in the second it is."""
     cases = {
-        "rank 0": (Signals("training_step", 3, ranks=(0,)), 4),
         "rank 1": (Signals("training_step", 3, ranks=(1,)), 4),
         "rank 1, too late for that window": (Signals("training_step", 8, ranks=(1,)), 10),
         "twice": (Signals("training_step", 7, numbers=(signal.SIGTERM, signal.SIGTERM)), 8),
@@ -203,9 +198,7 @@ def test_all_ranks_stop_after_the_same_step_whoever_got_the_signal(tmp_path: Pat
 def test_wherever_the_signal_comes_no_step_is_lost(tmp_path: Path) -> None:
     """Validation runs after the fourth batch of each epoch of six, for two batches; the sanity check for one."""
     cases = {
-        "sanity check": (Signals("validation_step", 1), 2),
-        "before the first step": (Signals("on_train_start", 1, ranks=(1,)), 2),
-        "a validation is due after that window": (Signals("training_step", 3), 4),
+        "sanity check": (Signals("validation_step", 1, ranks=(1,)), 2),
         "in a validation": (Signals("validation_step", 3, ranks=(1,)), 4),
         "between a step and a validation": (Signals("on_train_batch_end", 4, ranks=(0,)), 4),
         "an epoch's last window": (Signals("training_step", 5), 6),

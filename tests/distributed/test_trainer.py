@@ -234,26 +234,14 @@ def test_a_second_trainer_takes_the_model_at_the_same_partition_size_and_precisi
     run_ranks(4, _second_trainer)
 
 
-def _callbacks() -> list[float]:
-    """Callbacks that cannot work are refused; the learning-rate finder saves before the first step, and restores."""
+def _callbacks() -> None:
     for callback in (pl.callbacks.StochasticWeightAveraging(1e-2), pl.callbacks.EMAWeightAveraging()):
         with pytest.raises(ValueError, match="averages copies of whole parameters and cannot average shards"):
             trainer(mics(), callbacks=[callback]).fit(seeded(Toy), Batches(4))
-    found = []
-    for strategy in (mics, ddp):
-        module = seeded(Toy)
-        module.lr = 1e-3
-        before = parameters(module)
-        finder = pl.tuner.Tuner(trainer(strategy())).lr_find(module, Batches(40), num_training=20, update_attr=False)
-        found.append(finder.results["loss"][-1])  # type: ignore[union-attr]
-        after = parameters(module)
-        assert all(torch.equal(before[name], after[name]) for name in before), "the finder restores what it began with"
-    return found
 
 
-def test_callbacks_that_copy_or_save_before_the_first_step() -> None:
-    for ours, theirs in run_ranks(4, _callbacks):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+def test_callbacks_that_copy_parameters_are_refused() -> None:
+    run_ranks(2, _callbacks)
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------

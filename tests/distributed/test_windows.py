@@ -7,13 +7,12 @@ of all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, timer
@@ -42,8 +41,6 @@ VALIDATION = 900
 LOWEST, HIGHEST = map(str, (RUNGS[0], RUNGS[-1]))
 """Rungs of the memory ladder: everything in shards; parameters and gradients whole for the window."""
 
-on_both_ends_of_the_ladder = pytest.mark.parametrize("rung", [LOWEST, HIGHEST])
-
 
 def _validation() -> Batches:
     return Batches(2, first=VALIDATION)
@@ -54,12 +51,16 @@ def _fit(strategy: Any, module: Toy, data: Any, val: Any = None, **options: Any)
     return module
 
 
-def _compare(what: str, make: Callable[[], Toy], fits: Callable[[Any, Toy], object], rung: str = LOWEST) -> None:
+def _compare(
+    what: str, make: Callable[[], Toy], fits: Callable[[Any, Toy], object], rungs: Sequence[str] = (LOWEST,)
+) -> None:
     """`fits(strategy, module)` under MiCS and under DDP end alike; `strategy()` makes one for each Trainer."""
-    ours, theirs = make(), make()
-    fits(partial(mics, rung=rung), ours)
+    theirs = make()
     fits(ddp, theirs)
-    assert_same_training(ours, theirs, what)
+    for rung in rungs:
+        ours = make()
+        fits(partial(mics, rung=rung), ours)
+        assert_same_training(ours, theirs, f"{what}, {rung}")
 
 
 def by_hand(module: Toy, micro_steps: int, skipped: Collection[int] = (), unstepped: Collection[int] = ()) -> Toy:
@@ -89,21 +90,22 @@ def by_hand(module: Toy, micro_steps: int, skipped: Collection[int] = (), unstep
 
 
 def _short_windows() -> None:
-    def ten(strategy: Any, module: Toy, **options: Any) -> None:
-        _fit(strategy(), module, Batches(10), max_epochs=3, **options)
+    def seven(strategy: Any, module: Toy, **options: Any) -> None:
+        _fit(strategy(), module, Batches(7), max_epochs=3, **options)
 
     def scheduled(strategy: Any, module: Toy) -> None:
-        ten(strategy, module, accumulate_grad_batches=1, callbacks=[GradientAccumulationScheduler({0: 1, 1: 4, 2: 2})])
+        windows = GradientAccumulationScheduler({0: 1, 1: 4, 2: 2})
+        seven(strategy, module, accumulate_grad_batches=1, callbacks=[windows])
 
-    _compare("short window at the epoch's end", lambda: seeded(Toy), ten)
+    _compare("short window at the epoch's end", lambda: seeded(Toy), seven)
     _compare("GradientAccumulationScheduler", lambda: seeded(Toy), scheduled)
-    _compare("the epoch given up in mid-window", lambda: seeded(GivesUp), ten)
-    _compare("gradients zeroed, not dropped", lambda: seeded(KeepsZeros), lambda s, m: _fit(s(), m, Batches(12)))
+    _compare("the epoch given up in mid-window", lambda: seeded(GivesUp), seven)
+    _compare("gradients zeroed, not dropped", lambda: seeded(KeepsZeros), lambda s, m: _fit(s(), m, Batches(8)))
 
 
 class GivesUp(Toy):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
-        return -1 if self.current_epoch == 1 and batch_idx == 6 else None
+        return -1 if self.current_epoch == 1 and batch_idx == 5 else None
 
 
 class KeepsZeros(Toy):
@@ -137,32 +139,31 @@ class SkipsBackward(Toy):
 SKIPPED = {4, 9, 15}
 
 
-def _skipped(what: str, make: Callable[[], Toy], data: Batches, unstepped: Collection[int], rung: str = LOWEST) -> None:
-    for val in (None, _validation()):  # validation clears gradients, too
-        ours = _fit(mics(rung=rung), make(), data, val, val_check_interval=WINDOW)
-        hand = by_hand(seeded(Toy), 24, SKIPPED, unstepped)
-        hand.validated = hand.validated if val else []
-        assert_same_training(ours, hand, what)
+def _skipped(what: str, make: Callable[[], Toy], data: Batches, unstepped: Collection[int]) -> None:
+    hand = by_hand(seeded(Toy), 20, SKIPPED, unstepped)
+    validated, hand.validated = hand.validated, []
+    for rung in (LOWEST, HIGHEST):
+        assert_same_training(_fit(mics(rung=rung), make(), data), hand, f"{what}, {rung}")
+    hand.validated = validated  # which clears gradients, too
+    assert_same_training(_fit(mics(), make(), data, _validation(), val_check_interval=WINDOW), hand, what)
 
 
-def _skipped_batches(rung: str) -> None:
+def _skipped_batches() -> None:
     # Nor does Lightning step at a boundary without a batch.
-    _skipped("batches of None", lambda: seeded(Toy), Batches(24, skip=SKIPPED), unstepped={3}, rung=rung)
+    _skipped("batches of None", lambda: seeded(Toy), Batches(20, skip=SKIPPED), unstepped={3})
 
 
-def _skipped_backwards(rung: str) -> None:
+def _skipped_backwards() -> None:
     make = partial(seeded, SkipsBackward, skip=SKIPPED)
-    _skipped("forwards without a backward", make, Batches(24), unstepped=(), rung=rung)
+    _skipped("forwards without a backward", make, Batches(20), unstepped=())
 
 
-@on_both_ends_of_the_ladder
-def test_skipped_batches_add_nothing_and_leak_nothing(rung: str) -> None:
-    run_ranks(4, _skipped_batches, rung)
+def test_skipped_batches_add_nothing_and_leak_nothing() -> None:
+    run_ranks(4, _skipped_batches)
 
 
-@on_both_ends_of_the_ladder
-def test_a_boundary_without_backward_steps_on_the_synchronised_window(rung: str) -> None:
-    run_ranks(4, _skipped_backwards, rung)
+def test_a_boundary_without_backward_steps_on_the_synchronised_window() -> None:
+    run_ranks(4, _skipped_backwards)
 
 
 # -- guards that drop gradients or steps -------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class SkipsStep(Toy):
 
 def _guards() -> None:
     for guard in (DropsGradients, SkipsStep):
-        _compare(guard.__name__, lambda guard=guard: seeded(guard), lambda s, m: _fit(s(), m, Batches(20)))
+        _compare(guard.__name__, lambda guard=guard: seeded(guard), lambda s, m: _fit(s(), m, Batches(16)))
 
 
 def test_guards_that_drop_gradients_or_steps() -> None:
@@ -203,7 +204,7 @@ def _validation_between() -> None:
         _compare(
             f"validation every {every}",
             lambda: seeded(Toy),
-            lambda s, m, every=every: _fit(s(), m, Batches(12), _validation(), val_check_interval=every),
+            lambda s, m, every=every: _fit(s(), m, Batches(8), _validation(), val_check_interval=every),
         )
 
 
@@ -237,16 +238,16 @@ class TakesLong(Toy):
         return super().training_step(batch, batch_idx)
 
 
-def _stopped_then_again(rung: str) -> None:
+def _stopped_then_again() -> None:
     def twice(strategy: Any, module: Toy, **options: Any) -> None:
-        _fit(strategy(), module, Batches(12), **options)
+        _fit(strategy(), module, Batches(8), **options)
         if len(module.losses) != 6:
             raise AssertionError(f"stopped after {len(module.losses)} micro-steps, not after 6")
-        _fit(strategy(), module, Batches(12, first=100))
+        _fit(strategy(), module, Batches(8, first=100))
 
-    _compare("should_stop", lambda: seeded(Stops), twice, rung)
+    _compare("should_stop", lambda: seeded(Stops), twice, [LOWEST, HIGHEST])
     with patch.object(timer, "time", Clock):
-        _compare("max_time", lambda: seeded(TakesLong), lambda s, m: twice(s, m, max_time={"minutes": 30}), rung)
+        _compare("max_time", lambda: seeded(TakesLong), lambda s, m: twice(s, m, max_time={"minutes": 30}))
 
 
 class Fails(Toy):
@@ -269,23 +270,25 @@ class Fails(Toy):
         raise self.error("as meant")
 
 
-def _fails_then_again(error: type[BaseException], where: str, caught: type[BaseException], rung: str) -> None:
+def _fails_then_again(
+    error: type[BaseException], where: str, caught: type[BaseException], rungs: Sequence[str]
+) -> None:
     def twice(strategy: Any, module: Toy) -> None:
         try:
-            _fit(strategy(), module, Batches(12))
+            _fit(strategy(), module, Batches(8))
         except caught:
             module.losses.append(0.0)
         else:
             raise AssertionError("nothing was raised")
-        _fit(strategy(), module, Batches(12, first=100))
+        _fit(strategy(), module, Batches(8, first=100))
 
-    _compare(f"{error.__name__} in {where}", lambda: seeded(Fails, error=error, where=where), twice, rung)
+    _compare(f"{error.__name__} in {where}", lambda: seeded(Fails, error=error, where=where), twice, rungs)
 
 
-def _exceptions_then_again(rung: str) -> None:
-    _fails_then_again(ValueError, "forward", ValueError, rung)
-    _fails_then_again(ValueError, "backward", ValueError, rung)
-    _fails_then_again(KeyboardInterrupt, "forward", SystemExit, rung)
+def _exceptions_then_again() -> None:
+    _fails_then_again(ValueError, "forward", ValueError, [LOWEST, HIGHEST])
+    _fails_then_again(ValueError, "backward", ValueError, [LOWEST, HIGHEST])
+    _fails_then_again(KeyboardInterrupt, "forward", SystemExit, [LOWEST])
 
 
 class ReturnsNone(Toy):
@@ -299,23 +302,21 @@ def _none_then_again() -> None:
 
     def twice(strategy: Any, module: Toy) -> None:
         try:
-            _fit(strategy(), module, Batches(12))
+            _fit(strategy(), module, Batches(8))
         except RuntimeError as refusal:
             if "returning None" not in str(refusal):
                 raise
-        _fit(strategy(), module, Batches(12, first=100))
+        _fit(strategy(), module, Batches(8, first=100))
 
     _compare("training_step returns None", lambda: seeded(ReturnsNone), twice)
 
 
-@on_both_ends_of_the_ladder
-def test_stopped_in_mid_window_then_fit_again(rung: str) -> None:
-    run_ranks(4, _stopped_then_again, rung)
+def test_stopped_in_mid_window_then_fit_again() -> None:
+    run_ranks(4, _stopped_then_again)
 
 
-@on_both_ends_of_the_ladder
-def test_an_exception_in_mid_window_then_fit_again(rung: str) -> None:
-    run_ranks(4, _exceptions_then_again, rung)
+def test_an_exception_in_mid_window_then_fit_again() -> None:
+    run_ranks(4, _exceptions_then_again)
 
 
 def test_a_training_step_of_none_then_fit_again() -> None:

@@ -5,9 +5,10 @@ The functions here run on a rank: the default process group is set up.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +23,7 @@ from lightning_mics import MiCSStrategy
 WIDTH = 12
 
 Batch = tuple[Tensor, Tensor]
+Key = TypeVar("Key")
 
 
 def batch_of(index: int, rank: int, size: int = 2) -> Batch:
@@ -145,22 +147,36 @@ def ddp() -> DDPStrategy:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of the full tensor, gathered if it is sharded by rows.
+    """A copy of the full tensor, gathered if it is sharded by rows."""
+    return wholes({"": tensor})[""]
+
+
+def wholes(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Copies of full tensors; those that are sharded by rows over one mesh are gathered together.
 
     Then not by `full_tensor()`: two of its all-gathers that end at once on one gloo group write one string of torch's
     without a lock (2.13, `lastCompletedWorkName`), and of thousands of tests one dies of memory that is freed twice.
     """
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().clone()
-    if not all(placement.is_shard(0) for placement in tensor.placements):
-        return tensor.full_tensor().detach().clone()
-    mesh = tensor.device_mesh
+    found, meshes = dict(tensors), defaultdict[Any, list[Key]](list)
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            found[key] = tensor.detach().clone()
+        elif all(placement.is_shard(0) for placement in tensor.placements):
+            meshes[tensor.device_mesh].append(key)
+        else:
+            found[key] = tensor.full_tensor().detach().clone()
+    for mesh, keys in meshes.items():
+        found.update(zip(keys, _gathered(mesh, [tensors[key] for key in keys]), strict=True))
+    return found
+
+
+def _gathered(mesh: Any, tensors: list[Tensor]) -> Iterator[Tensor]:
     ranks = mesh.mesh.flatten().tolist()
     parts: list[Any] = [None] * len(ranks)
     group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
-    assert group is not None
-    dist.all_gather_object(parts, local(tensor).cpu(), group)
-    return torch.cat([parts[dist.get_group_rank(group, rank)] for rank in ranks]).to(tensor.device)
+    dist.all_gather_object(parts, [local(tensor).cpu() for tensor in tensors], group)
+    in_order = [parts[dist.get_group_rank(group, rank)] for rank in ranks]
+    return (torch.cat(shards).to(tensor.device) for tensor, *shards in zip(tensors, *in_order, strict=True))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -170,13 +186,13 @@ def local(tensor: Tensor) -> Tensor:
 
 def parameters(module: nn.Module) -> dict[str, Tensor]:
     """Full copies of a module's parameters, by name."""
-    return {name: whole(param) for name, param in module.named_parameters()}
+    return wholes(dict(module.named_parameters()))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
     """Full copies of an optimizer's state, by the parameter's number and the field."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return {(i, key): whole(value) for i, p in enumerate(params) for key, value in optimizer.state[p].items()}
+    return wholes({(i, key): value for i, p in enumerate(params) for key, value in optimizer.state[p].items()})
 
 
 def assert_close(actual: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], what: str, atol: float = 0.0) -> None:

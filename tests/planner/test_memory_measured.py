@@ -130,6 +130,7 @@ def measured() -> list[tuple[int, ...]]:
     return list(zip(*run_ranks(RANKS, growths, CASES), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
 def test_peak_of_a_real_run(index: int, measured: list[tuple[int, ...]]) -> None:
     expected = predicted(CASES[index])

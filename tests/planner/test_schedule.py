@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 from unittest.mock import patch
 
@@ -160,17 +160,20 @@ def fake(topology: Topology, **more: Any) -> Case:
     return Case(topology, device_type="cpu", form=Form.PIPELINED, **more)
 
 
-SIZES = [
-    pytest.param(world, p, id=f"n={world}, p={p}")
-    for world, sizes in ((8, (1, 4, 8)), (64, (1, 8, 16, 64)), (512, (1, 8, 64, 512)))
-    for p in sizes
-]
+RUNG_AND_WINDOW = [*product((RUNGS[0], Rung.parse("micro_step/sharded"), RUNGS[-1]), (1, 3))]
+SIZES = [(world, p) for world, sizes in ((8, (1, 4, 8)), (64, (1, 8, 64)), (512, (1, 8, 64, 512))) for p in sizes]
 
 
-@pytest.mark.parametrize(("world", "partition_size"), SIZES)
-@pytest.mark.parametrize("rung", [RUNGS[0], Rung.parse("micro_step/sharded"), RUNGS[-1]], ids=str)
-@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(
+    ("world", "partition_size", "rung", "window"),
+    [
+        *((64, 16, rung, window) for rung, window in RUNG_AND_WINDOW),
+        *((*size, *each) for size, each in zip(SIZES, cycle(RUNG_AND_WINDOW), strict=False)),
+    ],
+    ids=str,
+)
 def test_every_call_of_a_window(world: int, partition_size: int, rung: Rung, window: int) -> None:
+    """Rungs and windows at one size, over two tiers; and the sizes with one rung and window after the other."""
     topology = Topology(world, PER_NODE, partition_size)
     for rank, optimizer_state in zip((0, world // 2 + 3), OptimizerState, strict=True):
         case = fake(topology, rung=rung, window=window, optimizer_state=optimizer_state)
@@ -237,10 +240,9 @@ BF16 = torch.bfloat16
 )
 def test_every_call_of_two_windows(module: Callable[[], nn.Module], more: dict[str, Any]) -> None:
     """The second begins where the first ends, with nothing whole and updates on their way."""
-    for partition_size in (1, 4, 16, 64):
-        for optimizer_state in OptimizerState:
-            case = fake(Topology(64, PER_NODE, partition_size), window=2, optimizer_state=optimizer_state, **more)
-            assert_as_planned(module, case, rank=42, windows=2)
+    for partition_size, optimizer_state in zip((1, 4, 16, 64), cycle(reversed(OptimizerState)), strict=False):
+        case = fake(Topology(64, PER_NODE, partition_size), window=2, optimizer_state=optimizer_state, **more)
+        assert_as_planned(module, case, rank=42, windows=2)
 
 
 # -- each form ---------------------------------------------------------------------------------------------------------

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import recipes
 from recipes.data import SpecialToken, TextDataModule
+from tests.distributed.ranks import run_ranks
 
 ROOT = Path(recipes.__file__).parents[1]
 SEQ_LEN = 16
@@ -93,22 +90,27 @@ def train(folder: Path, options: dict[str, Any], ckpt_path: Path | None = None, 
     return model
 
 
-LENGTHS = [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 36}]
-SAVES = [
-    {"every_n_train_steps": 1},
-    {"every_n_epochs": 1, "save_on_train_epoch_end": True},
-    {"every_n_epochs": 1, "save_on_train_epoch_end": False},
-]
+EPOCHS, STEPS = {"max_epochs": 3}, {"max_epochs": -1, "max_steps": 36}
+BY_STEP = {"every_n_train_steps": 4}
+AFTER_EPOCH = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+AFTER_VALIDATION = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
 
 
 # Lightning says where the files of a resumed run went, that it would like more workers, and that epochs are short.
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("checkpoints", SAVES, ids=["step", "epoch", "validation"])
-@pytest.mark.parametrize("length", LENGTHS, ids=["epochs", "steps"])
-@pytest.mark.parametrize("objective", ["causal", "masked"])
+@pytest.mark.parametrize(
+    ("checkpoints", "length", "accumulate", "objective"),
+    [
+        (BY_STEP, EPOCHS, 1, "causal"),
+        (BY_STEP, STEPS, 2, "masked"),
+        (AFTER_EPOCH, EPOCHS, 2, "masked"),
+        (AFTER_EPOCH, STEPS, 1, "causal"),
+        (AFTER_VALIDATION, EPOCHS, 2, "causal"),
+        (AFTER_VALIDATION, STEPS, 1, "masked"),
+    ],
+)
 def test_a_resumed_run_sees_what_it_would_have_seen(
-    tmp_path: Path, options: dict[str, Any], length: dict[str, int], checkpoints: Any, accumulate: int, objective: str
+    tmp_path: Path, options: dict[str, Any], checkpoints: Any, length: dict[str, int], accumulate: int, objective: str
 ) -> None:
     options = {**options, "objective": objective}
     run = {**length, "checkpoints": checkpoints, "accumulate_grad_batches": accumulate}
@@ -156,44 +158,32 @@ def test_every_validation_is_the_same(tmp_path: Path, options: dict[str, Any]) -
     assert model.validations[:half] == model.validations[half:]
 
 
-RANK = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_data_module as t
-from lightning.pytorch import Trainer
-from recipes.data import TextDataModule
-
-model = t.Recorder()
-trainer = Trainer(
-    accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, num_sanity_val_steps=0, logger=False,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-)
-trainer.fit(model, datamodule=TextDataModule(**json.loads(sys.argv[2])))
-text = json.dumps({"seen": model.seen, "validations": model.validations})
-Path(sys.argv[3], f"{trainer.global_rank}.json").write_text(text)
-"""
+def recorded(options: dict[str, Any]) -> tuple[Any, Any]:
+    """What a rank sees in training and in validation."""
+    model = Recorder()
+    Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(model, datamodule=TextDataModule(**options))
+    return model.seen, model.validations
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_ranks_share_the_samples_as_one_process_would_take_them(tmp_path: Path, options: dict[str, Any]) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
     # A cache of its own: this run makes the tokens, in one of its processes.
-    texts = {**options, "cache_dir": str(tmp_path / "cache")}
-    arguments = [str(Path(__file__).parent), json.dumps(texts), str(tmp_path)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(script), *arguments], env=environment, check=True, timeout=900)
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-
+    (seen_0, validated_0), (seen_1, validated_1) = run_ranks(2, recorded, {**options, "cache_dir": tmp_path / "cache"})
     together = train(tmp_path, {**options, "batch_size": 2 * BATCH_SIZE}, max_epochs=2, num_sanity_val_steps=0)
-    shares = zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)
-    assert [share_0 + share_1 for share_0, share_1 in shares] == together.seen
-    validated = {str(sample) for rank in ranks for batch in rank["validations"] for sample in batch}
+    assert [share_0 + share_1 for share_0, share_1 in zip(seen_0, seen_1, strict=True)] == together.seen
+    validated = {str(sample) for batch in (*validated_0, *validated_1) for sample in batch}
     assert validated == {str(sample) for batch in together.validations for sample in batch}
-    assert len(ranks[0]["validations"]) == len(ranks[1]["validations"])
+    assert len(validated_0) == len(validated_1)
 
 
 def opened(options: dict[str, Any], **others: Any) -> TextDataModule:

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import pickle
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import recipes
 from recipes.data.corpus import Document, Split
 from recipes.data.files import TextFiles
 from recipes.data.tokenizer import SpecialToken, load_tokenizer, train_tokenizer
 from recipes.data.tokens import TokenFile, TokenStore, entropy, prepare
+from tests.distributed.ranks import begun
 
 VOCAB_SIZE = 300
 VAL_FRACTION = 0.2
 
-# Runs `prepare` in a process of its own; in the given pass over the corpus it says so and waits for a line.
-WORKER = f"""
-import logging, sys
-from pathlib import Path
-from recipes.data.files import TextFiles
-from recipes.data.tokens import prepare
 
 class Held(TextFiles):
-    passes = []
-    def documents(self):
-        yield from super().documents()
-        self.passes.append(0)
-        if len(self.passes) == hold:
-            print("held", flush=True)
-            sys.stdin.readline()
+    """Says so at the end of a pass over the corpus, and waits."""
 
-logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-folder, cache, hold = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-store = prepare(Held(folder), vocab_size={VOCAB_SIZE}, val_fraction={VAL_FRACTION}, cache_dir=cache)
-print("done", store.folder.name, flush=True)
-"""
+    def __init__(self, folder: str, hold: int, test: Connection) -> None:
+        super().__init__(folder)
+        self._passes, self._hold, self._test = 0, hold, test
+
+    def documents(self) -> Iterator[Document]:
+        yield from super().documents()
+        self._passes += 1
+        if self._passes == self._hold:
+            self._test.send("held")
+            self._test.recv()
+
+
+def worker(folder: Path, cache: Path, hold: int, test: Connection) -> None:
+    handler = logging.Handler()
+    handler.emit = lambda record: test.send(record.getMessage())  # type: ignore[method-assign]
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    corpus = Held(str(folder), hold, test)
+    store = prepare(corpus, vocab_size=VOCAB_SIZE, val_fraction=VAL_FRACTION, cache_dir=cache)
+    test.send(f"done {store.folder.name}")
+
+
 FINGERPRINT, TRAIN, ENCODE = 1, 2, 3
 
 
@@ -60,25 +66,21 @@ def make(folder: Path, cache: Path, vocab_size: int = VOCAB_SIZE, val_fraction: 
     return prepare(TextFiles(str(folder)), vocab_size=vocab_size, val_fraction=val_fraction, cache_dir=cache)
 
 
-def start(folder: Path, cache: Path, hold: int) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(recipes.__file__).parents[1])}
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(folder), str(cache), str(hold)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+def start(folder: Path, cache: Path, hold: int) -> tuple[BaseProcess, Connection]:
+    """A process that runs `prepare`, and is held in the given pass over the corpus."""
+    ours, theirs = Pipe()
+    process = begun(worker, folder, cache, hold, theirs)
+    theirs.close()  # when the process has gone, too, nothing more can be said
+    return process, ours
 
 
-def lines_until_held(process: subprocess.Popen[str]) -> list[str]:
-    assert process.stdout is not None
+def told(process: Connection) -> list[str]:
+    """What it says until it is held, or to its end."""
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line == "held\n":
-            return lines
-    raise AssertionError(f"ended before it was held: {lines}")
+    with suppress(EOFError):
+        while not lines or lines[-1] != "held":
+            lines.append(process.recv())
+    return lines
 
 
 def contents(store: TokenStore) -> dict[str, bytes]:
@@ -158,26 +160,28 @@ def test_a_store_whose_tokens_were_cut_short_is_made_again(texts: Path, tmp_path
 
 
 def test_of_two_processes_one_makes_the_store_and_the_other_waits(texts: Path, tmp_path: Path) -> None:
-    with start(texts, tmp_path / "cache", TRAIN) as first:
-        assert lines_until_held(first)[0].startswith("tokenizing")
-        with start(texts, tmp_path / "cache", FINGERPRINT) as second:
-            lines_until_held(second)
-            # It holds the key now and finds no store; the lock alone keeps it from making one.
-            assert second.stdin is not None and second.stdout is not None
-            second.stdin.write("\n")
-            second.stdin.flush()
-            told_first, _ = first.communicate("\n")
-            told_second = second.stdout.read()
-    assert first.returncode == second.returncode == 0
-    assert told_second == told_first.splitlines(keepends=True)[-1]
-    assert told_second.startswith("done")
+    first, to_first = start(texts, tmp_path / "cache", TRAIN)
+    began = told(to_first)
+    assert began[0].startswith("tokenizing") and began[-1] == "held"
+    second, to_second = start(texts, tmp_path / "cache", FINGERPRINT)
+    assert told(to_second)[-1] == "held"
+    # It holds the key now and finds no store; the lock alone keeps it from making one.
+    to_second.send("go on")
+    to_first.send("go on")
+    told_first, told_second = told(to_first), told(to_second)
+    for process in (first, second):
+        process.join()
+        assert process.exitcode == 0
+    assert told_second == told_first[-1:]
+    assert told_second[0].startswith("done")
 
 
 def test_what_a_killed_process_left_is_never_used(texts: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    with start(texts, cache, ENCODE) as process:
-        lines_until_held(process)
-        process.send_signal(signal.SIGKILL)
+    process, to_process = start(texts, cache, ENCODE)
+    assert told(to_process)[-1] == "held"
+    process.kill()
+    process.join()
     (part,) = cache.glob("*.part")
     assert (part / "tokenizer.json").is_file()
     assert TokenStore.find(part) is None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from recipes import launch
+from tests.distributed.ranks import begun
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +64,7 @@ def test_run_id_under_slurm_is_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None
     assert launch.agree_on_run_id() == "slurm-4321.2"
 
 
-def torchrun_worker(port: int, now: str, answers: multiprocessing.Queue[str]) -> None:
+def torchrun_worker(port: int, now: str, answer: Connection) -> None:
     os.environ.update(
         TORCHELASTIC_RUN_ID="none", TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -73,18 +75,15 @@ def torchrun_worker(port: int, now: str, answers: multiprocessing.Queue[str]) ->
             return cls.fromisoformat(now)
 
     launch.datetime = Clock  # type: ignore[attr-defined]
-    answers.put(launch.agree_on_run_id())
+    answer.send(launch.agree_on_run_id())
 
 
 def test_run_id_under_torchrun_is_one_though_clocks_differ() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    answers: multiprocessing.Queue[str] = context.Queue()
+    answers, answer = Pipe(duplex=False)
     times = ["2030-01-01T12:00:59", "2030-01-01T12:01:00"]
-    workers = [context.Process(target=torchrun_worker, args=(store.port, now, answers)) for now in times]
-    for worker in workers:
-        worker.start()
-    given = {answers.get(timeout=900) for _ in workers}
+    workers = [begun(torchrun_worker, store.port, now, answer) for now in times]
+    given = {answers.recv() for _ in workers}
     for worker in workers:
         worker.join()
     assert len(given) == 1

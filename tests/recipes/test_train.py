@@ -1,4 +1,7 @@
-"""The main job from the command line, on real processes: what it writes, what it shows, and that it goes on."""
+"""The main job from the command line, on real processes: what it writes, what it shows, and that it goes on.
+
+Lightning's launcher starts the one that is told to stop, torchrun the sweep; the others run on ranks that are there.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.ports import reserved_port
 from tests.recipes.composing import ROOT
+from tests.recipes.jobs import RUN_ID, shown_by
 
-pytestmark = pytest.mark.slow
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # A model, a vocabulary and a corpus that start in seconds.
 SMALL = ["experiment=smoke", "data.vocab_size=300", "data.val_fraction=0.3", "sample.tokens=4", "trainer.max_steps=3"]
 
@@ -41,15 +41,9 @@ def run(command: list[str], cwd: Path) -> str:
     return done.stdout
 
 
-def train(
-    tmp_path: Path,
-    corpus: Path,
-    *overrides: str,
-    launcher: Sequence[str] = (sys.executable,),
-    flags: Sequence[str] = (),
-) -> str:
-    script = str(ROOT / "recipes" / "train.py")
-    return run([*launcher, script, *flags, *SMALL, f"data.path={corpus}", *overrides], tmp_path)
+def train(tmp_path: Path, corpus: Path, *overrides: str, ranks: int = 2) -> str:
+    options = [*SMALL, f"data.path={corpus}", f"trainer.devices={ranks}", *overrides]
+    return shown_by(ranks, "train.py", options, tmp_path)
 
 
 def logged(folder: Path, column: str) -> dict[int, float]:
@@ -77,51 +71,49 @@ def assert_whole(folder: Path, shown: str, ranks: int) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "ranks"),
-    [(["strategy=ddp", "trainer.devices=2"], 2), ([], 4), (["strategy=zero3", "trainer.devices=2"], 2)],
+    [(["strategy=ddp"], 2), ([], 4), (["strategy=zero3"], 2)],
     ids=["ddp", "mics", "zero3"],
 )
-def test_lightnings_launcher(tmp_path: Path, corpus: Path, overrides: list[str], ranks: int) -> None:
-    shown = train(tmp_path, corpus, *overrides)
+def test_what_is_written_and_shown(tmp_path: Path, corpus: Path, overrides: list[str], ranks: int) -> None:
+    shown = train(tmp_path, corpus, *overrides, ranks=ranks)
     assert_whole(only_run(tmp_path), shown, ranks)
     samples = shown.split("samples     ")[1].split("checkpoint  ")[0]
     assert all(f"{prompt}|" in samples for prompt in ("import ", "def __init__(self", "    for ", "class "))
 
 
-def test_torchrun(tmp_path: Path, corpus: Path) -> None:
-    shown = train(tmp_path, corpus, launcher=[*TORCHRUN, "--standalone", "--nproc-per-node", "2"])
-    assert_whole(only_run(tmp_path), shown, 2)
-    assert "go on with  torchrun --standalone --nproc-per-node 2 " in shown
-
-
+@pytest.mark.slow
 def test_sweep_under_torchrun_trains_each_configuration_in_its_folder(tmp_path: Path, corpus: Path) -> None:
-    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
-    train(tmp_path, corpus, "seed=1,2", "trainer.max_steps=1", launcher=launcher, flags=["--multirun"])
-    folder = only_run(tmp_path)
-    for job in ("0", "1"):
-        assert (folder / job / "checkpoints" / "step-1.ckpt").exists()
-        assert (folder / job / "rank_1.log").exists()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(ROOT / "recipes" / "train.py"), "--multirun"]
+    shown = run([*launcher, *script, *SMALL, f"data.path={corpus}", "seed=1,2"], tmp_path)
+    folder, jobs = only_run(tmp_path), shown.split("go on with  torchrun --standalone --nproc-per-node 2 ")
+    assert len(jobs) == 3
+    for job in (0, 1):
+        assert_whole(folder / str(job), jobs[job] + "go on with", 2)
 
 
 def test_masked_language_modelling(tmp_path: Path, corpus: Path) -> None:
-    shown = train(tmp_path, corpus, "model=bert_tiny", "trainer.devices=2")
+    shown = train(tmp_path, corpus, "model=bert_tiny")
     assert "BertLayer" in shown
     assert "samples" not in shown
 
 
 def test_the_command_that_is_shown_goes_on(tmp_path: Path, corpus: Path) -> None:
-    shown = train(tmp_path, corpus, "trainer.devices=2", "trainer.log_every_n_steps=1", "+tag='a b'")
-    first = only_run(tmp_path)
+    shown = train(tmp_path, corpus, "trainer.log_every_n_steps=1", "+tag='a b'")
+    first = only_run(tmp_path).rename(tmp_path / "first")
     (command,) = re.findall(r"^go on with  (.*)$", shown, re.MULTILINE)
-    program, *arguments = shlex.split(command)
-    assert program == "python"
-    shown = run([sys.executable, *arguments], tmp_path)
-    (second,) = (folder for folder in (tmp_path / "outputs").iterdir() if folder != first)
+    program, script, *arguments = shlex.split(command)
+    assert (program, script) == ("python", str(ROOT / "recipes" / "train.py"))
+    assert arguments.pop() == f"ckpt_path={tmp_path}/outputs/{RUN_ID}/checkpoints/step-3.ckpt"
+    shown = shown_by(2, "train.py", [*arguments, f"ckpt_path={first}/checkpoints/step-3.ckpt"], tmp_path)
+    second = only_run(tmp_path)
     assert set(logged(first, "train/loss")) == {0, 1, 2}
     assert set(logged(second, "train/loss")) == {3, 4, 5}
     assert (second / "checkpoints" / "step-6.ckpt").exists()
     assert f"ckpt_path={second}/checkpoints/step-6.ckpt" in shown
 
 
+@pytest.mark.slow
 def test_told_to_stop_all_processes_end_and_tell_how_to_go_on(tmp_path: Path, corpus: Path) -> None:
     """The first process is told, as by its user; Lightning's launcher has started the other."""
     script = [sys.executable, str(ROOT / "recipes" / "train.py"), *SMALL, f"data.path={corpus}", "trainer.devices=2"]
@@ -142,5 +134,5 @@ def test_told_to_stop_all_processes_end_and_tell_how_to_go_on(tmp_path: Path, co
 
 def test_failure_is_in_the_ranks_log(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(AssertionError, match="is longer than the"):
-        train(tmp_path, corpus, "trainer.devices=1", "cluster.partition_size=1", "data.seq_len=1000000")
+        train(tmp_path, corpus, "cluster.partition_size=1", "data.seq_len=1000000", ranks=1)
     assert "is longer than the" in (only_run(tmp_path) / "rank_0.log").read_text()
