@@ -156,8 +156,18 @@ def backend_for(device: torch.device, group: dist.ProcessGroup | None = None) ->
 
     A group may have one for each kind of device, as "cpu:gloo,cuda:nccl".
     """
-    by_device = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return by_device.get(device.type) or str(dist.get_backend(group))
+    return backends(group=group).get(device.type) or str(dist.get_backend(group))
+
+
+def backends(told: str | None = None, group: dist.ProcessGroup | None = None) -> dict[str, str]:
+    """The backends of a group, the default group by default, by the kind of device whose tensors they carry.
+
+    Args:
+        told: what a group is to be made with, as "cpu:gloo,cuda:nccl"; by default there is one.
+        group: that is asked for, if there is one.
+    """
+    config = dist.get_backend_config(group) if told is None else str(dist.BackendConfig(dist.Backend(told)))
+    return dict(pair.split(":") for pair in config.split(","))
 
 
 def travels_by_messages(device: torch.device, group: dist.ProcessGroup | None = None) -> bool:

@@ -29,6 +29,7 @@ from lightning_mics.checkpoint import TrainingRng, Verify, Writers
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
+from lightning_mics.offload import Offload, check_scaler, step_on_host
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner.plan import Workload
 from lightning_mics.planning import Asked, apply_batch, decide
@@ -97,6 +98,11 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
             that run between a step and the next forward find parameters complete, at the price of waiting for them; a
             `training_step` that reads a block's parameters outside that block's forward calls
             `trainer.strategy.mics.finish_updates()` first.
+        offload: None leaves all on the device. "optimizer" keeps the optimizer's state on the host, and steps there: 8
+            bytes a parameter less on the device with Adam, for a copy of gradients and parameters in each step.
+            "parameters" keeps shards, the window's sums and the optimizer there, and gathers blocks on the device: what
+            is left there is activations and what is whole, for a copy of each shard before each gather. Not with a
+            gradient scaler ("16-mixed"), nor with `optimizer_state="world"`. Give the optimizer `fused=True`.
         network: what the cluster's two tiers can do, from `mics probe`: the path of its file, or a `Network`.
         async_save: let training go on while a checkpoint is written from a copy in host memory, of as many bytes as
             this rank writes. One at a time: the next save waits for it, and so does the end of training. If it fails,
@@ -110,7 +116,8 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
 
     Raises:
         ValueError: for a `partition_size` that does not fit the cluster, on every rank before any collective; for
-            `optimizer_state="world"` with manual optimization or LBFGS, when the Trainer starts.
+            `optimizer_state="world"` with manual optimization or LBFGS, when the Trainer starts; for what `offload`
+            does not go with.
         TypeError: for a `compile` that is none of the above.
     """
 
@@ -132,6 +139,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
         micro_batch: Literal["auto"] | None = None,
         memory_budget: int | float = 0.9,
         optimizer_state: OptimizerState | str = OptimizerState.PARTITION,
+        offload: Offload | str | None = None,
         network: Network | str | Path | None = None,
         async_save: bool = False,
         writers: Writers | str = Writers.ALL,
@@ -161,6 +169,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
             rung=rung,
             memory_budget=memory_budget,
             optimizer_state=optimizer_state,
+            offload=offload,
             network=network,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -208,6 +217,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         check_not_in_backward(self.lightning_module)
+        check_scaler(self._offload, getattr(self.precision_plugin, "scaler", None))
         fits, manual = trainer.state.fn == "fit", not self.lightning_module.automatic_optimization
         if fits and manual and self._optimizer_state == OptimizerState.WORLD:
             raise ValueError(
@@ -235,6 +245,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
             precision=self._precision_for(precision, whole=False),
             optimizer_state=self._optimizer_state,
             activation_checkpointing=self._activation_checkpointing,
+            offload=self._offload,
         )
         asked = Asked(
             partition_size=None if "partition_size" in self._planned else self.topology.partition_size,
@@ -297,6 +308,9 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
                 )
         if self.mics.gathering or self._optimizer_state == OptimizerState.WORLD:
             check_optimizers(self.optimizers)
+        if self._offload == Offload.OPTIMIZER:
+            for optimizer in self.optimizers:
+                step_on_host(optimizer)
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 

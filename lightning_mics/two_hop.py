@@ -80,6 +80,7 @@ class Window:
         residency: tells the engine what to free behind each forward and backward.
         held: gradients that the engine does not reduce in each micro-step; None where it has nowhere to reduce them.
         kept_whole: whether autograd itself accumulates into `.grad`, once a backward, and no engine does.
+        on_host: whether `.grad` is in the host's memory, and hop 2 goes by way of the device.
         sum_dtype: the window's sums are kept in this dtype where the parameter's own is narrower.
     """
 
@@ -93,6 +94,7 @@ class Window:
         residency: Residency,
         held: HeldGradients | None = None,
         kept_whole: bool = False,
+        on_host: bool = False,
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.buckets = tuple(buckets)
@@ -111,6 +113,7 @@ class Window:
         self._order = order
         self._usage = usage
         self._kept_whole = kept_whole
+        self._on_host = on_host
         self._alone = kept_whole and groups.topology.world_size == 1
         self.rung = Rung()
         """What stays whole until the boundary."""
@@ -446,11 +449,14 @@ class Window:
             hop_1.wait()
         flat = together(shards)
         gathered = torch.cat([shard.padded() for shard in shards]) if flat is None else flat
-        yield from self._all_reduce(gathered)
-        gathered.div_(self._groups.topology.replicas)
+        sums = gathered.to(self._groups.device, copy=True) if self._on_host else gathered
+        yield from self._all_reduce(sums)
+        sums.div_(self._groups.topology.replicas)
         if flat is None:
-            for shard, mean in zip(shards, gathered.split([shard.room for shard in shards]), strict=True):
+            for shard, mean in zip(shards, sums.split([shard.room for shard in shards]), strict=True):
                 shard.local.copy_(mean[: shard.local.numel()].view_as(shard.local))
+        elif self._on_host:
+            flat.copy_(sums)
 
     def _local_gradient(self, param: nn.Parameter) -> Tensor:
         """This rank's part of `param.grad`, made of zeros where there is none."""

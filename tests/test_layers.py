@@ -25,7 +25,7 @@ ROWS = (
     {"wire", "blocks", "materialize", "usage"},
     {"comms", "block_order"},
     {"optimizer_shards"},
-    {"two_hop"},
+    {"two_hop", "offload"},
     {"accounting"},
     {"sharding"},
     {"checkpoint", "loaders", "preemption", "probe", "telemetry", "planner"},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mics.offload import stepped_for
 from lightning_mics.optimizer_shards import parameter_of
 
 StateByName = dict[str, Any]
@@ -93,8 +94,8 @@ def name_parameters(module: nn.Module, optimizer: Optimizer, numbered: Mapping[s
 
 
 def held_by_name(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """What the optimizer steps for each parameter: the parameter, or this rank's piece of it."""
-    held = (param for group in optimizer.param_groups for param in group["params"])
+    """What the optimizer has state for, for each parameter: that, this rank's piece of it, or its copy on the host."""
+    held = (stepped_for(optimizer, param) for group in optimizer.param_groups for param in group["params"])
     names = (name for group in _names(module, optimizer) for name in group)
     return dict(zip(names, held, strict=True))
 
