@@ -190,7 +190,7 @@ class HostStep:
         return self.fetched and all(param.grad is gradient for _, _, param, gradient in self._held)
 
     @torch.no_grad()
-    def _ended(self, optimizer: Optimizer, *_: Any) -> None:
+    def _ended(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for _, _, param, _ in self._held:
             copy = self.copy_of(param)
             _local(param).copy_(_local(copy), non_blocking=True)  # on the stream that computes next
@@ -225,10 +225,10 @@ class HostStep:
             torch.accelerator.current_stream(device).synchronize()
 
     def _take(self, optimizer: Optimizer) -> None:
-        for place in [*_places(optimizer)]:
-            params, number, param, _ = place
+        for held in [*_places(optimizer)]:
+            params, number, param, _ = held
             copy = params[number] = self.copy_of(param)
-            self._held.append(place)
+            self._held.append(held)
             if param in optimizer.state:
                 state = optimizer.state.pop(param)
                 optimizer.state[copy] = {name: _on_host(value) for name, value in state.items()}

@@ -79,9 +79,11 @@ def _trains() -> None:
         plain, expected = _ran(None, **case)
         state = optimizer_state(plain.optimizers[0])
         for how in HOW:
+            # Where it has them whole otherwise, what lies together in hop 2 is another: four terms, in another order.
+            off = 1e-6 if (how, case) == ("parameters", {"partition_size": 1}) else 0.0
             run, module = _ran(how, **case)
-            assert_same_training(module, expected, f"{how}, {case}", rtol=0.0, atol=0.0)
-            assert_close(optimizer_state(run.optimizers[0]), state, f"{how}, {case}, state")
+            assert_same_training(module, expected, f"{how}, {case}", rtol=off, atol=off)
+            assert_close(optimizer_state(run.optimizers[0]), state, f"{how}, {case}, state", atol=off)
             assert module.copies == [how == "optimizer"] * 3
             assert all(any(param is own for own in module.parameters()) for param in _held(run.optimizers[0]))
 
