@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mics._compat import in_backward, reduce_unused_params, reset_iter_state
+from lightning_mics._compat import hooks_on, in_backward, reduce_unused_params, reset_iter_state
 from lightning_mics.accounting import Account, WireBytes
 from lightning_mics.block_order import BlockOrder
 from lightning_mics.blocks import (
@@ -52,8 +52,9 @@ from lightning_mics.network import Network
 from lightning_mics.offload import Offload, check_backend, empty_on_host, policy
 from lightning_mics.optimizer_shards import OptimizerShards, check_optimizer
 from lightning_mics.precision import Precision
+from lightning_mics.repeats import check_repeat
 from lightning_mics.residency import Residency
-from lightning_mics.two_hop import Bucket, Window
+from lightning_mics.two_hop import HOOKED, Bucket, Window
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Wire
 
@@ -362,9 +363,9 @@ def shard(
         Parameters without dimensions have no rows, and stay whole on every rank.
 
     Raises:
-        ValueError: on every rank before any collective, for a block of mixed dtypes, a module that is sharded over
-            other ranks already, or one that is sharded at all and is to be offloaded, and where the process group does
-            not carry what is offloaded.
+        ValueError: on every rank before any collective, for a block of mixed dtypes, hooks on parameters that are to be
+            sharded, a module that is sharded over other ranks already, or one that is sharded at all and is to be
+            offloaded, and where the process group does not carry what is offloaded.
     """
     offload = Offload.of(offload)
     check_backend(offload, groups.device)
@@ -376,6 +377,8 @@ def shard(
     root = MiCSModule(module, groups, precision, offload)
     slots = slots_by_owner(module, found)
     whole = is_kept_whole(module, groups.topology.partition_size, precision, offload)
+    if not whole:
+        _check_hooks(module)
     scalars = [] if whole else take_scalars(slots)
     root.tied_across_blocks.extend(p for p in tied_across_blocks(module, found) if p.ndim)
     _check_dtypes(slots)
@@ -486,6 +489,8 @@ def _gathering(root: MiCSModule) -> dict[str, Any]:
 def _install_window(root: MiCSModule, slots: dict[str, list[Slot]], scalars: list[Slot]) -> None:
     root.order = BlockOrder(root.blocks)
     root.order.before_call = root._await_updates
+    if (hosts := root.groups.on_host) is not None:
+        root.order.before_repeat = lambda index: check_repeat(hosts, root.blocks[index].name, index)
     gathering = _gathering(root)
     blocks = [(index, block.name) for index, block in enumerate(root.blocks)]
     whole, alone = not root.gathering, root.groups.topology.world_size == 1
@@ -556,6 +561,12 @@ def _check_sharded_by_user(module: nn.Module, groups: Groups, offload: Offload |
                 f"{name} is sharded already, over ranks {param.device_mesh.mesh.flatten().tolist()}, not over this "
                 f"rank's partition group {ours.mesh.flatten().tolist()}; leave the sharding to lightning-mics"
             )
+
+
+def _check_hooks(module: nn.Module) -> None:
+    for name, param in module.named_parameters():
+        if param.ndim and not isinstance(param, DTensor) and hooks_on(param):
+            raise ValueError(HOOKED.format(name, "its shard would not have"))
 
 
 def _check_dtypes(slots: dict[str, list[Slot]]) -> None:

@@ -140,6 +140,16 @@ def never_cleared(fabric: Any, model: Any, optimizer: Any) -> None:
             optimizer.step()
 
 
+def cleared_late(fabric: Any, model: Any, optimizer: Any) -> None:
+    """A window's gradients count on, until they are set to zeros in the midst of the next."""
+    for window in range(3):
+        micro_step(fabric, model, 2 * window, boundary=False)
+        if window == 1:
+            optimizer.zero_grad(set_to_none=False)
+        micro_step(fabric, model, 2 * window + 1, boundary=True)
+        optimizer.step()
+
+
 def last_inside(fabric: Any, model: Any, optimizer: Any) -> None:
     """The step comes after backward passes that were all inside: under DDP they are not, as it would not average."""
     inside = not isinstance(model._forward_module, nn.parallel.DistributedDataParallel)
@@ -261,7 +271,8 @@ def windows_of_ddp() -> None:
     assert_as_ddp(cut_short(zeros_by_optimizer), HELD, **at_once)
     for loop in (last_inside, two_forwards, losses_that_are_left, nested, raised_inside):
         assert_as_ddp(loop, LOWEST, HELD, WORLD, **options)
-    assert_as_ddp(never_cleared, LOWEST, HELD, **options)
+    for loop in (never_cleared, cleared_late):
+        assert_as_ddp(loop, LOWEST, HELD, **options)
     assert_as_ddp(unused_layers, LOWEST, HELD, WORLD, unused=True, make=Halves, **options)
     assert_as_ddp(closures, LOWEST, WORLD, **options)
     # LBFGS lays gradients end to end, which torch does not do where shards are unequal.
