@@ -19,7 +19,8 @@ _CALLBACKS = {
     "WeightAveraging": _AVERAGING.format(""),
     "BatchSizeFinder": (
         "is not supported with distributed strategies: a rank that runs out of memory would leave the others waiting; "
-        'use MiCSStrategy(micro_batch="auto"), which plans the batch from shapes and memory'
+        'use lightning_mics.callbacks.BatchSizeFinder(), which lets none, or MiCSStrategy(micro_batch="auto"), which '
+        "plans the batch from shapes and memory"
     ),
 }
 _MEANS = "takes norms of whole rows and columns, which torch cannot take of shards"
@@ -38,6 +39,8 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
         ValueError: naming the callback, and what to use instead.
     """
     for callback in callbacks:
+        if type(callback).__module__.split(".")[0] == "lightning_mics":
+            continue
         names = [base.__name__ for base in type(callback).__mro__ if base.__module__.split(".")[0] != "lightning_mics"]
         for name in names:
             if name in _CALLBACKS:
@@ -51,6 +54,11 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
         ValueError: naming the optimizer, and what to use instead.
     """
     for optimizer in optimizers:
+        if type(optimizer).__module__.split(".")[0] == "bitsandbytes":
+            raise ValueError(
+                f"{type(optimizer).__name__} of bitsandbytes runs kernels that know no shards; use torchao's "
+                "(torchao.optim.AdamW8bit), or keep parameters whole: partition_size=1"
+            )
         for base in type(optimizer).__mro__:
             if base.__name__ in _OPTIMIZERS:
                 raise ValueError(

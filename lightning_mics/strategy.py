@@ -39,6 +39,7 @@ from lightning_mics.running import RunningMixin, register_in
 from lightning_mics.saving import SavingMixin
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.topology import PartitionSize
+from lightning_mics.trials import Trials
 
 # Where a module or a callback may read parameters after an optimizer step and before the next forward.
 _BETWEEN_STEP_AND_FORWARD = (
@@ -178,6 +179,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
         self._set_saving(async_save, writers, verify)
         check_writers(self._writers, self._optimizer_state)
         self._preemption: Preemption | None = None
+        self._trials: Trials | None = None
 
     # -- the cluster -------------------------------------------------------------------------------------------------
 
@@ -314,9 +316,25 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 
+    @property
+    def climbs(self) -> bool:
+        """Whether rungs are chosen between windows."""
+        return self._rung == AUTO
+
+    @contextmanager
+    def trying(self, trials: Trials) -> Generator[None, None, None]:
+        """Batches in here are of one size after another, and `trials` says which are too large."""
+        self._trials = trials
+        try:
+            yield
+        finally:
+            self._trials = None
+
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.saver.look()
+        if self._trials is not None:
+            self._trials.batch_begins()
         self._rng.step_begins(new_epoch=batch_idx == 0)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
