@@ -31,6 +31,7 @@ from lightning_mics.checkpoint import (
     set_rng_state,
 )
 from lightning_mics.checkpoint.agreement import together
+from lightning_mics.offload import backend_with_host
 from lightning_mics.topology import Topology
 
 if TYPE_CHECKING:
@@ -265,8 +266,7 @@ class AcceleratorSavingMixin(_Base):
 def alone_if_alone(device: torch.device) -> None:
     """Make a process group of one process, where Accelerate has made none."""
     if not dist.is_initialized():
-        backend = dist.get_default_backend_for_device(device)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend_with_host(device), store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _roots(what: Prepared) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from rich import get_console
 from torch import Tensor
 from typing_extensions import override
@@ -291,7 +291,7 @@ class BatchSizeFinder(callbacks.BatchSizeFinder):
         memory_budget: int | float = 0.9,
     ) -> None:
         super().__init__(mode, steps_per_trial, init_val, max_trials, batch_arg_name, margin, max_val)
-        self._attribute, self._budget = batch_arg_name, Budget(memory_budget)
+        self._attribute, self._first, self._budget = batch_arg_name, init_val, Budget(memory_budget)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str | None = None) -> None:
@@ -313,6 +313,8 @@ class BatchSizeFinder(callbacks.BatchSizeFinder):
         device = strategy.root_device
         budget = self._budget.bytes(device, strategy.topology.ranks_per_node)
         trials = Trials(budget, device, lambda: int(lightning_getattr(pl_module, self._attribute)))
+        if not trainer.fast_dev_run:  # otherwise nothing is tried
+            lightning_setattr(pl_module, self._attribute, self._first)  # before the first loader is made
         with strategy.trying(trials):
             super().scale_batch_size(trainer, pl_module)
 

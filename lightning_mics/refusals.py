@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -39,12 +40,13 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
         ValueError: naming the callback, and what to use instead.
     """
     for callback in callbacks:
-        if type(callback).__module__.split(".")[0] == "lightning_mics":
-            continue
-        names = [base.__name__ for base in type(callback).__mro__ if base.__module__.split(".")[0] != "lightning_mics"]
-        for name in names:
-            if name in _CALLBACKS:
-                raise ValueError(f"{type(callback).__name__} {_CALLBACKS[name]}")
+        for base in takewhile(_is_not_ours, type(callback).__mro__):
+            if base.__name__ in _CALLBACKS:
+                raise ValueError(f"{type(callback).__name__} {_CALLBACKS[base.__name__]}")
+
+
+def _is_not_ours(base: type) -> bool:
+    return base.__module__.split(".")[0] != "lightning_mics"
 
 
 def check_optimizers(optimizers: Iterable[Optimizer]) -> None:

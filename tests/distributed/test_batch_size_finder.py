@@ -9,10 +9,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import callbacks
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mics import trials
 from lightning_mics.callbacks import BatchSizeFinder
+from lightning_mics.refusals import check_callbacks
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import Batch, Batches, Toy, assert_same_training, batch_of, mics, seeded, trainer
 
@@ -24,6 +26,7 @@ class Sized(Toy):
         super().__init__()
         self.batch_size = batch_size
         self.tried: list[int] = []
+        self.last = 0
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(TensorDataset(*batch_of(0, 0, size=400)), batch_size=self.batch_size)
@@ -32,8 +35,9 @@ class Sized(Toy):
         return DataLoader(TensorDataset(*batch_of(1, 0, size=4)), batch_size=2)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        if len(batch[0]) not in self.tried:
-            self.tried.append(len(batch[0]))
+        self.last = len(batch[0])
+        if self.last not in self.tried:
+            self.tried.append(self.last)
         return super().training_step(batch, batch_idx)
 
 
@@ -44,7 +48,7 @@ def _found(budget: int, **options: Any) -> tuple[int | None, list[int]]:
     run = trainer(mics(), callbacks=[finder], max_steps=4, accumulate_grad_batches=2)
     with (
         patch.object(trials.memory, "in_use", lambda device: 100),
-        patch.object(trials.memory, "peak", lambda device: 100 + each * module.batch_size),
+        patch.object(trials.memory, "peak", lambda device: 100 + each * module.last),
     ):
         run.fit(module)
     size = finder.optimal_batch_size
@@ -83,3 +87,13 @@ def test_ranks_find_the_same_size_and_none_runs_out_of_memory() -> None:
 def test_another_strategy_is_told_of_lightnings_own() -> None:
     with pytest.raises(TypeError, match=r"use lightning\.pytorch\.callbacks\.BatchSizeFinder on one rank"):
         pl.Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[BatchSizeFinder()]).fit(Sized())
+
+
+class Cautious(BatchSizeFinder):
+    """A user's own."""
+
+
+def test_one_that_is_made_of_ours_is_not_refused() -> None:
+    check_callbacks([BatchSizeFinder(), Cautious()])
+    with pytest.raises(ValueError, match=r"use lightning_mics\.callbacks\.BatchSizeFinder"):
+        check_callbacks([type("Theirs", (callbacks.BatchSizeFinder,), {})()])
