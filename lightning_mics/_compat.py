@@ -39,12 +39,15 @@ __all__ = [
     "coalesced",
     "forget_held_gradients",
     "handlers_before_lightning",
+    "hooks_on",
     "in_backward",
     "link_by",
+    "loaders_are_the_modules",
     "mark_prepared",
     "mark_saved",
     "named_files",
     "prepared",
+    "quantized_state",
     "reduce_held_gradients",
     "reduce_scatter_single",
     "reduce_unused_params",
@@ -181,6 +184,16 @@ def allow_wide_gradients(param: nn.Parameter) -> None:
     param.grad_dtype = None
 
 
+def hooks_on(param: nn.Parameter) -> int:
+    """How many hooks of either kind `param` has that autograd calls with its gradient.
+
+    They can be registered and removed by public names, and not counted.
+    Test: tests/distributed/test_lightning_features.py.
+    """
+    each = param._backward_hooks, getattr(param, "_post_accumulate_grad_hooks", None)
+    return sum(len(hooks) for hooks in each if hooks)
+
+
 def steps_in_backward(param: nn.Parameter) -> bool:
     """Whether an optimizer has been applied to `param` by `_apply_optimizer_in_backward`.
 
@@ -262,6 +275,26 @@ def train_loader(trainer: Any) -> Any:
     Test: tests/distributed/test_planning.py.
     """
     return trainer.fit_loop._data_source.dataloader()
+
+
+def loaders_are_the_modules(trainer: Any) -> bool:
+    """Whether the training loader of a fit is made by its module or data module, and was not given.
+
+    Known under a private name, as above. Test: tests/distributed/test_batch_size_finder.py.
+    """
+    return bool(trainer.fit_loop._data_source.is_module())
+
+
+def quantized_state(optimizer: Any, param: Tensor, field: str) -> Tensor | None:
+    """Zeros as torchao's optimizers keep `field` of `param` (in 8 bits, as it says for their size); None for others.
+
+    They make state by a private method, and tell by its argument alone that only the first moment has a sign.
+    Test: tests/distributed/test_quantized_state.py.
+    """
+    if type(optimizer).__module__.split(".")[0] != "torchao" or not hasattr(optimizer, "_new_buffer"):
+        return None
+    made: Tensor = optimizer._new_buffer(param, field == "exp_avg")
+    return made
 
 
 def prepared(accelerator: Any) -> Prepared:

@@ -38,6 +38,7 @@ from lightning_mics.climb import Budget
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
+from lightning_mics.offload import Offload, check_backend, check_scaler, step_on_host
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner.plan import Workload
 from lightning_mics.planning import Asked, decide
@@ -76,6 +77,11 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         optimizer_state: "partition" shards the optimizer over the partition group, as parameters are; "world" over all
             ranks, for one optimizer of a model each of whose micro-steps is one forward and one backward. Gradients are
             then with `optimizer.param_groups` at a boundary, where `clip_grad_norm_` and `clip_grad_value_` find them.
+        offload: None leaves all on the device. "optimizer" keeps the optimizer's state on the host, and steps there: 8
+            bytes a parameter less on the device with Adam, for a copy of gradients and parameters in each step.
+            "parameters" keeps shards, the window's sums and the optimizer there, and gathers blocks on the device: what
+            is left there is activations and what is whole, for a copy of each shard before each gather. Not with a
+            gradient scaler ("16-mixed"), nor with `optimizer_state="world"`. Give the optimizer `fused=True`.
         network: what the cluster's two tiers can do, from `mics probe`: the path of its file, or a `Network`.
         async_save: let training go on while `save_state` writes. One at a time; `end_training`, the next save and a
             load wait for it, and so does the end of the process.
@@ -107,6 +113,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         rung: Rung | str = "block/sharded",
         memory_budget: int | float = 0.9,
         optimizer_state: OptimizerState | str = OptimizerState.PARTITION,
+        offload: Offload | str | None = None,
         network: Network | str | Path | None = None,
         async_save: bool = False,
         writers: Writers | str = Writers.ALL,
@@ -125,6 +132,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         self._training_step = training_step
         self._memory_budget = Budget(memory_budget).amount
         self._optimizer_state = OptimizerState.parse(optimizer_state, "optimizer_state")
+        self._offload = Offload.of(offload, self._optimizer_state)
         self._network = Network.load(network) if isinstance(network, str | Path) else network
         self._successors = Successors()
         self._set_saving(writers, verify, async_save=async_save)
@@ -134,6 +142,9 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         self._timeout = timeout or getattr(self.init_handler, "timeout", None)
         if self.fp8_enabled:
             raise ValueError('mixed_precision="fp8" is not supported here; choose "no", "fp16" or "bf16"')
+        check_scaler(self._offload, self.scaler)
+        if self.num_processes > 1:
+            check_backend(self._offload, self.device)
         self._compile = of_dynamo(self.state.dynamo_plugin) if compiling is None else compiling
         until_planned: PartitionSize = "node" if self._to_be_planned else partition_size
         self._topology = topology_of(until_planned, ranks_per_node, self.num_processes)
@@ -219,6 +230,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             activation_checkpointing=self._activation_checkpointing,
             compile=self._compile,
             network=self._network,
+            offload=self._offload,
         )
         Calls.of(root).for_training = 0
         root.set_rung(self._rung, self._memory_budget, self._planned_rung)
@@ -234,6 +246,7 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
             blocks=self._blocks,
             precision=self._precision_of_shards(whole=False),
             optimizer_state=self._optimizer_state,
+            offload=self._offload,
             activation_checkpointing=self._activation_checkpointing,
         )
         asked = Asked(
@@ -308,6 +321,8 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
 
     def _follow(self, optimizer: MiCSOptimizer) -> None:
         self._successors.follow(optimizer.optimizer)
+        if self._offload == Offload.OPTIMIZER:
+            step_on_host(optimizer.optimizer)
         if self._optimizer_state == OptimizerState.WORLD:
             for root in optimizer.roots():
                 if root.window.optimizer_shards is None:

@@ -29,6 +29,7 @@ from lightning_mics.checkpoint import (
     set_rng_state,
 )
 from lightning_mics.checkpoint.agreement import together
+from lightning_mics.offload import backend_with_host
 
 if TYPE_CHECKING:
     from accelerate import Accelerator as _Base
@@ -245,8 +246,7 @@ class AcceleratorSavingMixin(SaverOwner, _Base):
 def alone_if_alone(device: torch.device) -> None:
     """Make a process group of one process, where Accelerate has made none."""
     if not dist.is_initialized():
-        backend = dist.get_default_backend_for_device(device)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend_with_host(device), store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _roots(what: Prepared) -> list[Any]:

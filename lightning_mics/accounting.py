@@ -51,6 +51,7 @@ class Account:
         precision: in what dtypes.
         kept_whole: whether parameters are what they were before, and nothing is gathered.
         optimizer_shards: the pieces that the optimizer steps, where these are less than the shards.
+        on_host: whether shards are in another memory than what is gathered, and do not count.
     """
 
     buckets: Sequence[Bucket]
@@ -59,6 +60,7 @@ class Account:
     precision: Precision
     kept_whole: bool = False
     optimizer_shards: OptimizerShards | None = None
+    on_host: bool = False
 
     def sent(self, rung: Rung, window: int) -> WireBytes:
         """What one rank sends in an optimizer step of `window` micro-steps.
@@ -102,7 +104,7 @@ class Account:
         p = self.groups.topology.partition_size
         held = [bucket_bytes(bucket.parameters, p, self.precision, self.kept_whole) for bucket in self.buckets]
         *blocks, outside = held
-        return model_bytes(blocks[::-1], outside, blocks_whole(self.groups))
+        return model_bytes(blocks[::-1], outside, blocks_whole(self.groups), self.on_host)
 
     def _gathered(self, bucket: Bucket) -> tuple[int, torch.dtype]:
         return gathered(bucket.parameters, self.groups.topology.partition_size, self.precision)
@@ -149,9 +151,12 @@ def bucket_bytes(
     )
 
 
-def model_bytes(blocks: Sequence[BucketBytes], outside: BucketBytes, whole: int) -> ModelBytes:
-    """All buckets together: `blocks` in order of execution, of which `whole` are so at a time."""
-    shards = sum(bucket.shards + bucket.sums for bucket in (*blocks, outside))
+def model_bytes(blocks: Sequence[BucketBytes], outside: BucketBytes, whole: int, on_host: bool = False) -> ModelBytes:
+    """All buckets together: `blocks` in order of execution, of which `whole` are so at a time.
+
+    Shards that are on the host are not of the device's memory, which is meant.
+    """
+    shards = 0 if on_host else sum(bucket.shards + bucket.sums for bucket in (*blocks, outside))
     return ModelBytes(shards, tuple(block.whole for block in blocks), outside.whole, whole)
 
 

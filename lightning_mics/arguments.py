@@ -11,6 +11,7 @@ from lightning_mics.blocks import BlockChoice
 from lightning_mics.checkpoint import Writers
 from lightning_mics.groups import Groups
 from lightning_mics.network import Network
+from lightning_mics.offload import Offload
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule, shard
@@ -62,6 +63,7 @@ def root_of(
     activation_checkpointing: bool,
     compile: Mapping[str, Any] | None,
     network: Network | None,
+    offload: Offload | None,
 ) -> MiCSModule:
     """The root of a module, which was sharded before or is now, at the beginning of a window; see `shard`.
 
@@ -83,13 +85,23 @@ def root_of(
             compile=compile,
             precision=precision,
             network=network,
+            offload=offload,
         )
     elif (root.groups.topology, root.precision) != (topology, precision):
         raise ValueError(
             f"the model is sharded already, for {root.groups.topology} and {root.precision}, and is to be run by "
             f"{topology} and {precision} now; build a new model, or keep partition_size and precision"
         )
+    elif (root.offload == Offload.PARAMETERS) != (offload == Offload.PARAMETERS):
+        raise ValueError(
+            f"the model is sharded already, with offload={_said(root.offload)}, and is to be run with "
+            f"offload={_said(offload)} now, which would move its shards; build a new model, or keep offload"
+        )
     root.forget_optimizer()
     root.window.drop()
     root.release()
     return root
+
+
+def _said(offload: Offload | None) -> str:
+    return "None" if offload is None else f'"{offload}"'

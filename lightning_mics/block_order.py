@@ -27,7 +27,7 @@ class BlockOrder:
     model calls out of this order costs an extra gather and reduce-scatter in each forward, so `blocks` should be
     given in the order of execution.
 
-    A block that runs twice on one rank and once on another is beyond this: nobody can tell in time.
+    A block that runs again has to do so on every rank; see `repeats`.
 
     Args:
         blocks: sharded modules, in order of execution.
@@ -43,6 +43,8 @@ class BlockOrder:
         """How often each block ran in the last of them."""
         self.pass_skipped = False
         """Whether skipped blocks are passed through; for models whose forward is one pass over the blocks."""
+        self.before_repeat: Callable[[int], None] = lambda index: None
+        """Called with a block's index where skipped blocks are passed through and this one has run already."""
         self.before_call: Callable[[int], None] = lambda index: None
         """Called with a block's index before the engine looks at its parameters for a forward."""
         self._next = 0
@@ -80,6 +82,8 @@ class BlockOrder:
             if self.pass_skipped and self.inside and self._next < index:
                 args, kwargs = self._pass_up_to(index, (args, kwargs))
             self._next = max(self._next, index + 1)
+            if self.pass_skipped and self.inside and self.calls[index]:
+                self.before_repeat(index)
             self.calls[index] += 1
             self.before_call(index)
             return args, kwargs

@@ -11,14 +11,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch import callbacks
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from rich import get_console
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_mics._compat import loaders_are_the_modules
 from lightning_mics.averages import AVERAGE, CURRENT, KEY, Averages
 from lightning_mics.checkpoint import part_of
+from lightning_mics.climb import Budget
 from lightning_mics.strategy import MiCSStrategy, MiCSStrategyMixin
+from lightning_mics.trials import Trials
 from lightning_mics.version import __version__
 from mics_tools.units import in_units
 
@@ -247,6 +252,71 @@ class WeightAveraging(pl.Callback):
         mics = trainer.strategy.mics  # type: ignore[attr-defined]
         mics.finish_updates()
         mics.release()
+
+
+class BatchSizeFinder(callbacks.BatchSizeFinder):
+    """Lightning's, for the ranks of a fit: the largest batch that the fullest of them has memory for, on all of them.
+
+    Trials grow as Lightning's do, but none runs out of memory, which would leave other ranks waiting: from what smaller
+    batches have held on any rank it is computed, before a trial begins, whether the next one fits `memory_budget`. So
+    the first, of `init_val`, has to fit, and what a batch holds may not grow faster than its size. All that was trained
+    in the trials is undone.
+
+    Args:
+        mode: "power" or "binsearch".
+        steps_per_trial: optimizer steps.
+        init_val: size of the first trial.
+        max_trials: at the most.
+        batch_arg_name: attribute of the LightningModule or LightningDataModule, which their loaders read.
+        margin: by which "binsearch" reduces what it has found.
+        max_val: the largest size to try.
+        memory_budget: bytes (an int), or a share of the device's memory (a float); on CPU, of an equal part of the
+            node's.
+
+    Raises:
+        ValueError: when a fit begins, for loaders that are given to `fit`, a missing attribute, a rung of "auto", and
+            where there is no fit.
+        TypeError: under another strategy.
+    """
+
+    def __init__(
+        self,
+        mode: str = "power",
+        steps_per_trial: int = 3,
+        init_val: int = 2,
+        max_trials: int = 25,
+        batch_arg_name: str = "batch_size",
+        margin: float = 0.05,
+        max_val: int = 8192,
+        memory_budget: int | float = 0.9,
+    ) -> None:
+        super().__init__(mode, steps_per_trial, init_val, max_trials, batch_arg_name, margin, max_val)
+        self._attribute, self._first, self._budget = batch_arg_name, init_val, Budget(memory_budget)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str | None = None) -> None:
+        name = type(self).__name__
+        if not isinstance(trainer.strategy, MiCSStrategyMixin):
+            raise TypeError(f"{name} is for MiCSStrategy; use lightning.pytorch.callbacks.BatchSizeFinder on one rank")
+        if stage != "fit":
+            raise ValueError(f"{name} tries batches of a fit, not of {trainer.state.fn.value}; leave it out there")
+        if trainer.strategy.climbs:
+            raise ValueError(f'{name} and rung="auto" both measure what is left of the memory; choose a rung')
+        if not loaders_are_the_modules(trainer):
+            raise ValueError(f"{name} changes what loaders read: let the module or the data module make them")
+        if not lightning_hasattr(pl_module, self._attribute):
+            raise ValueError(f"{name}: neither the module nor the data module has an attribute {self._attribute!r}")
+
+    @override
+    def scale_batch_size(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        device = strategy.root_device
+        budget = self._budget.bytes(device, strategy.topology.ranks_per_node)
+        trials = Trials(budget, device, lambda: int(lightning_getattr(pl_module, self._attribute)))
+        if not trainer.fast_dev_run:  # otherwise nothing is tried
+            lightning_setattr(pl_module, self._attribute, self._first)  # before the first loader is made
+        with strategy.trying(trials):
+            super().scale_batch_size(trainer, pl_module)
 
 
 def size_of(batch: Any) -> int:

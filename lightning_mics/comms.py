@@ -93,6 +93,8 @@ class HopOne:
         traffic: hop 1 of all blocks.
         partition_size: p, by which sums are divided.
         most_under_way: blocks whose gradients may be on their way at a time.
+        host_memory: makes memory for so many sums, where these are on the host and gradients on the device; by default
+            both are where the engine asks for them.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class HopOne:
         traffic: Traffic,
         partition_size: int,
         most_under_way: int,
+        host_memory: Callable[[int, torch.dtype], Tensor] | None = None,
     ) -> None:
         self.transfer: Transfer | None = None
         """The last hop 1, under way or over."""
@@ -115,12 +118,22 @@ class HopOne:
         self._parameters: list[nn.Parameter] = []
         self._slot_numel = self._awaited = 0
         self._sums: Tensor | None = None
+        self._host_memory = host_memory
+        self._gradients_numel = 0  # of the memory that was asked for, until the output's is
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory: for gradients, once there is room for one more block's, see `blocks_whole`; then for the output."""
         self._channel.drain(leave=self._most_under_way - 1)
-        self._sums = self._sums_so_far(math.prod(map(int, size)), dtype, device)
-        return torch.empty(*size, dtype=dtype, device=device) if self._sums is None else self._sums
+        numel = math.prod(map(int, size))
+        of_sums = self._gradients_numel == self._partition_size * numel > 0
+        self._gradients_numel = 0 if of_sums else numel
+        on_host = of_sums and self._host_memory is not None
+        self._sums = self._sums_so_far(numel, dtype, torch.device("cpu") if on_host else device)
+        if self._sums is not None:
+            return self._sums
+        if self._host_memory is not None and on_host:
+            return self._host_memory(numel, dtype)
+        return torch.empty(*size, dtype=dtype, device=device)
 
     def _sums_so_far(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The memory of `.grad`, which has none from here on, where it is what the engine asks for as output."""
@@ -165,6 +178,7 @@ class HopOne:
     def forget(self) -> None:
         """Drop what is under way."""
         self._buffer = None
+        self._gradients_numel = 0
         if self.transfer is not None:
             self.transfer.abandon()
             self.transfer = None
@@ -196,7 +210,7 @@ class HopOne:
 
     @staticmethod
     def _add(finish: Callable[[], Tensor], divisor: int, gradients: Sequence[ShardGradient]) -> None:
-        mean = finish().div_(divisor)
+        mean = finish().div_(divisor).to(gradients[0].local.device)
         for gradient, piece in zip(gradients, mean.split([gradient.room for gradient in gradients]), strict=True):
             gradient.local.add_(piece[: gradient.local.numel()].view_as(gradient.local))
 

@@ -30,6 +30,7 @@ from lightning_mics.fabric_saving import FabricSavingMixin, root_of
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
+from lightning_mics.offload import Offload, check_scaler, step_on_host
 from lightning_mics.optimizer_shards import OptimizerState, parameter_of
 from lightning_mics.own_loop import Backward, OwnLoop
 from lightning_mics.running import RunningMixin, register_in
@@ -73,6 +74,11 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         optimizer_state: "partition" shards the optimizer over the partition group, as parameters are. "world" shards it
             over all ranks, for one optimizer a module: the same bytes, an r-th of the optimizer's memory. Then mean
             gradients are with what `optimizer.param_groups` holds, and gone when the next window begins.
+        offload: None leaves all on the device. "optimizer" keeps the optimizer's state on the host, and steps there: 8
+            bytes a parameter less on the device with Adam, for a copy of gradients and parameters in each step.
+            "parameters" keeps shards, the window's sums and the optimizer there, and gathers blocks on the device: what
+            is left there is activations and what is whole, for a copy of each shard before each gather. Not with a
+            gradient scaler ("16-mixed"), nor with `optimizer_state="world"`. Give the optimizer `fused=True`.
         network: what the cluster's two tiers can do, from `mics probe`: the path of its file, or a `Network`.
         writers: "all" ranks share the writing of a checkpoint, to a file system that all of them see; "group" leaves it
             to the first partition group, whose node then holds all of it.
@@ -83,7 +89,7 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
 
     Raises:
         ValueError: for a `partition_size` that does not fit the cluster, when Fabric is made; for "auto" as a
-            `partition_size` or a `micro_batch`, which a Trainer can plan.
+            `partition_size` or a `micro_batch`, which a Trainer can plan; for what `offload` does not go with.
     """
 
     strategy_name = "mics"
@@ -104,6 +110,7 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         micro_batch: None = None,
         memory_budget: int | float = 0.9,
         optimizer_state: OptimizerState | str = OptimizerState.PARTITION,
+        offload: Offload | str | None = None,
         network: Network | str | Path | None = None,
         writers: Writers | str = Writers.ALL,
         verify: Verify | str = Verify.AUTO,
@@ -126,6 +133,7 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
             rung=rung,
             memory_budget=memory_budget,
             optimizer_state=optimizer_state,
+            offload=offload,
             network=network,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -148,6 +156,7 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
     def setup_environment(self) -> None:
         super().setup_environment()
         self._set_world_ranks()
+        check_scaler(self._offload, getattr(self.precision, "scaler", None))
         self._init_process_group()
         self._groups = Groups.create(self.topology, self.root_device.type, self._timeout)
 
@@ -207,6 +216,8 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         """
         self._check(optimizer, set())
         self._successors.follow(optimizer)
+        if self._offload == Offload.OPTIMIZER:
+            step_on_host(optimizer)
         if self._optimizer_state == OptimizerState.WORLD:
             for root in self.roots_of(optimizer):
                 _shard_over_all_ranks(root, optimizer)

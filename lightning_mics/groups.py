@@ -85,6 +85,8 @@ class Groups:
         gather: for all-gathers in the partition group; None where p is 1.
         hop_1: for reduce-scatters in the partition group; None where p is 1.
         hop_2: for all-reduces among the r ranks that hold this rank's shard; None where r is 1.
+        on_host: of the partition group, by gloo, for what its hosts tell one another in a forward; None where p is 1,
+            and where nobody sends anything.
     """
 
     topology: Topology
@@ -92,6 +94,7 @@ class Groups:
     gather: Tiers | None
     hop_1: Tiers | None
     hop_2: Tiers | None
+    on_host: dist.ProcessGroup | None = None
 
     @property
     def device(self) -> torch.device:
@@ -145,10 +148,10 @@ class Groups:
         group: dist.ProcessGroup = dist.group.WORLD if whole else _new_group(partition, timeout)  # type: ignore[assignment]
         mesh = DeviceMesh.from_group(group, device_type, mesh_dim_names=("shard",))
         by_messages = travels_by_messages(torch.device(device_type))
-        tiers = [
+        gather, hop_1, hop_2 = (
             _tiers(topology.by_node(ranks), rank, timeout, by_messages) for ranks in (partition, partition, replication)
-        ]
-        return cls(topology, mesh, *tiers)
+        )
+        return cls(topology, mesh, gather, hop_1, hop_2, _on_host(hop_1, partition, by_messages, timeout))
 
 
 def backend_for(device: torch.device, group: dist.ProcessGroup | None = None) -> str:
@@ -156,8 +159,18 @@ def backend_for(device: torch.device, group: dist.ProcessGroup | None = None) ->
 
     A group may have one for each kind of device, as "cpu:gloo,cuda:nccl".
     """
-    by_device = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return by_device.get(device.type) or str(dist.get_backend(group))
+    return backends(group=group).get(device.type) or str(dist.get_backend(group))
+
+
+def backends(told: str | None = None, group: dist.ProcessGroup | None = None) -> dict[str, str]:
+    """The backends of a group, the default group by default, by the kind of device whose tensors they carry.
+
+    Args:
+        told: what a group is to be made with, as "cpu:gloo,cuda:nccl"; by default there is one.
+        group: that is asked for, if there is one.
+    """
+    config = dist.get_backend_config(group) if told is None else str(dist.BackendConfig(dist.Backend(told)))
+    return dict(pair.split(":") for pair in config.split(","))
 
 
 def travels_by_messages(device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
@@ -186,9 +199,20 @@ def _tiers(ranks: tuple[tuple[int, ...], ...], rank: int, timeout: timedelta | N
     return replace(tiers, cross_memory=CrossMemory.connect(tiers.intra_node, timeout)) if by_messages else tiers
 
 
-def _new_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+def _on_host(
+    hop_1: Tiers | None, partition: tuple[int, ...], by_messages: bool, timeout: timedelta | None
+) -> dist.ProcessGroup | None:
+    """That of hop 1 where gloo carries it, as there is no hop 1 in a forward."""
+    if hop_1 is None or dist.get_backend() == "fake":
+        return None
+    return hop_1.everyone if by_messages else _new_group(partition, timeout, "gloo")
+
+
+def _new_group(ranks: tuple[int, ...], timeout: timedelta | None, backend: str | None = None) -> dist.ProcessGroup:
     """The process group of `ranks`, which only they make, so that it takes no longer on a larger cluster."""
-    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    group: dist.ProcessGroup = dist.new_group(
+        list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
+    )
     return group
 
 

@@ -29,7 +29,8 @@ from lightning_mics.groups import Groups
 from lightning_mics.topology import Topology
 from lightning_mics.wire import Traffic
 
-_WHOLE = "_mics_parameter"
+STEPS_FOR = "_mics_parameter"
+"""The attribute by which what an optimizer steps for a parameter tells which."""
 
 
 class OptimizerState(Choice):
@@ -89,7 +90,7 @@ class OptimizerShards:
     @torch.no_grad()
     def _piece_of(self, param: nn.Parameter) -> nn.Parameter:
         piece = nn.Parameter(self._as_piece(_rows(_local(param), self._replicas, self._replica), param))
-        setattr(piece, _WHOLE, param)
+        setattr(piece, STEPS_FOR, param)
         return piece
 
     @torch.no_grad()
@@ -271,7 +272,7 @@ _SEVERAL_FORWARDS = (
 
 def parameter_of(held: Tensor) -> Tensor:
     """The parameter that an optimizer means by what it holds: a piece's, or itself."""
-    whole: Tensor = getattr(held, _WHOLE, held)
+    whole: Tensor = getattr(held, STEPS_FOR, held)
     return whole
 
 

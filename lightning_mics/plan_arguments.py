@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mics.ladder import AUTO, Rung
+from lightning_mics.offload import Offload
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner import hardware
 from lightning_mics.planner.hardware import Cluster, Device
@@ -41,6 +42,7 @@ class Arguments:
         precision: as Lightning's.
         checkpointing: whether blocks compute their forward again in backward.
         optimizer_state: over which ranks it is sharded.
+        offload: what is in the host's memory.
         seq_len: tokens of a sample.
         hardware: the file with devices and clusters.
         overrides: of the configuration.
@@ -59,6 +61,7 @@ class Arguments:
     precision: str | None = None
     checkpointing: bool | None = None
     optimizer_state: OptimizerState | None = None
+    offload: Offload | None = None
     seq_len: int | None = None
     hardware: Path = hardware.FILE
     overrides: tuple[str, ...] = ()
@@ -163,6 +166,10 @@ def _optimizer_state(key: str, value: str) -> OptimizerState:
     return OptimizerState.parse(value, key)
 
 
+def _offload(key: str, value: str) -> Offload | None:
+    return None if value in ("none", "null") else Offload.parse(value, key)
+
+
 def _path(key: str, value: str) -> Path:
     return Path(_text(key, value))
 
@@ -181,6 +188,7 @@ _READ: dict[str, Callable[[str, str], Any]] = {
     "precision": _text,
     "checkpointing": _truth,
     "optimizer_state": _optimizer_state,
+    "offload": _offload,
     "seq_len": _number,
     "hardware": _path,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,8 @@ _CALLBACKS = {
     "WeightAveraging": _AVERAGING.format(""),
     "BatchSizeFinder": (
         "is not supported with distributed strategies: a rank that runs out of memory would leave the others waiting; "
-        'use MiCSStrategy(micro_batch="auto"), which plans the batch from shapes and memory'
+        'use lightning_mics.callbacks.BatchSizeFinder(), which lets none, or MiCSStrategy(micro_batch="auto"), which '
+        "plans the batch from shapes and memory"
     ),
 }
 _MEANS = "takes norms of whole rows and columns, which torch cannot take of shards"
@@ -38,10 +40,13 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
         ValueError: naming the callback, and what to use instead.
     """
     for callback in callbacks:
-        names = [base.__name__ for base in type(callback).__mro__ if base.__module__.split(".")[0] != "lightning_mics"]
-        for name in names:
-            if name in _CALLBACKS:
-                raise ValueError(f"{type(callback).__name__} {_CALLBACKS[name]}")
+        for base in takewhile(_is_not_ours, type(callback).__mro__):
+            if base.__name__ in _CALLBACKS:
+                raise ValueError(f"{type(callback).__name__} {_CALLBACKS[base.__name__]}")
+
+
+def _is_not_ours(base: type) -> bool:
+    return base.__module__.split(".")[0] != "lightning_mics"
 
 
 def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
@@ -51,6 +56,11 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
         ValueError: naming the optimizer, and what to use instead.
     """
     for optimizer in optimizers:
+        if type(optimizer).__module__.split(".")[0] == "bitsandbytes":
+            raise ValueError(
+                f"{type(optimizer).__name__} of bitsandbytes runs kernels that know no shards; use torchao's "
+                "(torchao.optim.AdamW8bit), or keep parameters whole: partition_size=1"
+            )
         for base in type(optimizer).__mro__:
             if base.__name__ in _OPTIMIZERS:
                 raise ValueError(

@@ -26,6 +26,7 @@ from lightning_mics.climb import Budget
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
+from lightning_mics.offload import Offload, backend_with_host, check_backend, check_scaler
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.own_loop import OwnLoop
 from lightning_mics.precision import OF_TRAINERS, Precision
@@ -70,6 +71,7 @@ class RunningMixin:
         rung: Rung | str,
         memory_budget: int | float,
         optimizer_state: OptimizerState | str,
+        offload: Offload | str | None,
         network: Network | str | Path | None,
         process_group_backend: str | None,
         timeout: timedelta | None,
@@ -84,6 +86,7 @@ class RunningMixin:
         self._planned_rung: Rung | None = None
         self._memory_budget = Budget(memory_budget).amount
         self._optimizer_state = OptimizerState.parse(optimizer_state, "optimizer_state")
+        self._offload = Offload.of(offload, self._optimizer_state)
         self._network = Network.load(network) if isinstance(network, str | Path) else network
         self._process_group_backend = process_group_backend
         self._timeout = timeout
@@ -135,7 +138,9 @@ class RunningMixin:
             return
         assert self.cluster_environment is not None
         device = self.root_device
-        backend = self._process_group_backend or dist.get_default_backend_for_device(device)
+        check_backend(self._offload, device, self._process_group_backend or backend_with_host(device))
+        default = backend_with_host(device) if self._offload else dist.get_default_backend_for_device(device)
+        backend = self._process_group_backend or default
         self._process_group_backend = backend
         os.environ["MASTER_ADDR"] = self.cluster_environment.main_address
         os.environ["MASTER_PORT"] = str(self.cluster_environment.main_port)
@@ -144,7 +149,7 @@ class RunningMixin:
             rank=self.global_rank,
             world_size=self.world_size,
             timeout=self._timeout,
-            device_id=device if device.type != "cpu" and backend == "nccl" else None,
+            device_id=device if device.type != "cpu" and "nccl" in backend else None,
         )
 
     # -- the model ---------------------------------------------------------------------------------------------------
@@ -153,6 +158,7 @@ class RunningMixin:
         """The root of a module, which was sharded before or is now, at the beginning of a window."""
         groups = self._groups
         assert groups is not None
+        check_scaler(self._offload, getattr(plugin, "scaler", None))
         root = root_of(
             model,
             groups.topology,
@@ -162,6 +168,7 @@ class RunningMixin:
             activation_checkpointing=self._activation_checkpointing,
             compile=self._compile,
             network=self._network,
+            offload=self._offload,
         )
         if (loop := OwnLoop.of(root)) is not None:
             loop.end()

@@ -10,17 +10,24 @@ from __future__ import annotations
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mics._compat import in_backward, reduce_unused_params, reset_iter_state
+from lightning_mics._compat import hooks_on, in_backward, reduce_unused_params, reset_iter_state
 from lightning_mics.accounting import Account, WireBytes
 from lightning_mics.block_order import BlockOrder
 from lightning_mics.blocks import (
@@ -42,10 +49,12 @@ from lightning_mics.held import HeldGradients
 from lightning_mics.ladder import AUTO, ModelBytes, Rung
 from lightning_mics.materialize import broadcast_from_rank_zero, common_seed, materialize
 from lightning_mics.network import Network
+from lightning_mics.offload import Offload, check_backend, empty_on_host, policy
 from lightning_mics.optimizer_shards import OptimizerShards, check_optimizer
 from lightning_mics.precision import Precision
+from lightning_mics.repeats import check_repeat
 from lightning_mics.residency import Residency
-from lightning_mics.two_hop import Bucket, Window
+from lightning_mics.two_hop import HOOKED, Bucket, Window
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Wire
 
@@ -62,12 +71,14 @@ class MiCSModule(nn.Module):
     Calling it calls the module, gathering each block's parameters from the partition group on the way.
     """
 
-    def __init__(self, module: nn.Module, groups: Groups, precision: Precision) -> None:
+    def __init__(self, module: nn.Module, groups: Groups, precision: Precision, offload: Offload | None = None) -> None:
         super().__init__()
         self.module = module
         self.tied_across_blocks = nn.ParameterList()
         self.groups = groups
         self.precision = precision
+        self.offload = offload
+        """What is in the host's memory. Of the optimizer, that is for who makes it to see to."""
         self.gathers: dict[nn.Module, BlockGather] = {}
         self.hops_1: dict[nn.Module, HopOne] = {}
         self.gathering: tuple[FSDPModule, ...] = ()
@@ -319,7 +330,8 @@ class MiCSModule(nn.Module):
     def _account(self) -> Account:
         pieces = self.window.optimizer_shards
         buckets = [bucket for bucket in self.window.buckets if not bucket.on_every_rank]
-        return Account(buckets, self.wire, self.groups, self.precision, not self.gathering, pieces)
+        on_host = self.offload == Offload.PARAMETERS and self.groups.device.type != "cpu"
+        return Account(buckets, self.wire, self.groups, self.precision, not self.gathering, pieces, on_host)
 
     def describe(self) -> str:
         """The choice of blocks, for people."""
@@ -347,6 +359,7 @@ def shard(
     rung: Rung | str = "block/sharded",
     memory_budget: int | float = 0.9,
     network: Network | None = None,
+    offload: Offload | str | None = None,
 ) -> MiCSModule:
     """Shard `module` over its partition group, in place, with hop 2 over the replication group.
 
@@ -364,23 +377,30 @@ def shard(
             budget, from the second window on; see `Climb`.
         memory_budget: for "auto": bytes (an int) or a share of the device's memory (a float).
         network: what the two tiers can do, the same on every rank; by default `Network.default`.
+        offload: "parameters" keeps shards, and with them the window's sums and what an optimizer makes of them, in the
+            host's memory; gathered blocks and hop 2 are on the device. Otherwise nothing changes here.
 
     Returns:
         The root to call; `module`'s parameters are now DTensors on the partition mesh, unless they are kept whole.
         Parameters without dimensions have no rows, and stay whole on every rank.
 
     Raises:
-        ValueError: on every rank before any collective, for a block of mixed dtypes, or a module that is sharded over
-            other ranks already.
+        ValueError: on every rank before any collective, for a block of mixed dtypes, hooks on parameters that are to be
+            sharded, a module that is sharded over other ranks already, or one that is sharded at all and is to be
+            offloaded, and where the process group does not carry what is offloaded.
     """
+    offload = Offload.of(offload)
+    check_backend(offload, groups.device)
     if rung != AUTO:
         rung = Rung.parse(rung)
     Budget(memory_budget)
     found = find_blocks(module, blocks) if has_parameters(module) else ()
-    _check_sharded_by_user(module, groups)
-    root = MiCSModule(module, groups, precision)
+    _check_sharded_by_user(module, groups, offload)
+    root = MiCSModule(module, groups, precision, offload)
     slots = slots_by_owner(module, found)
-    whole = is_kept_whole(module, groups.topology.partition_size, precision)
+    whole = is_kept_whole(module, groups.topology.partition_size, precision, offload)
+    if not whole:
+        _check_hooks(module)
     scalars = [] if whole else take_scalars(slots)
     root.tied_across_blocks.extend(p for p in tied_across_blocks(module, found) if p.ndim)
     _check_dtypes(slots)
@@ -395,9 +415,9 @@ def shard(
         if compile is not None:  # the forward alone: hooks, which gather, stay outside the graph
             block.module.forward = torch.compile(block.module.forward, **compile)  # type: ignore[method-assign]
         if not whole:
-            _shard_block(block.module, slots[block.name], groups, precision)
+            _shard_block(block.module, slots[block.name], groups, precision, policy(offload, groups.device))
     if not whole:
-        _shard_root(root, slots[""], groups, precision, ignored=parameters_at(scalars))
+        _shard_root(root, slots[""], ignored=parameters_at(scalars))
         root.take_calls_from_outside()
 
     root.blocks = found
@@ -409,7 +429,9 @@ def shard(
     return root
 
 
-def _shard_block(module: nn.Module, slots: list[Slot], groups: Groups, precision: Precision) -> None:
+def _shard_block(
+    module: nn.Module, slots: list[Slot], groups: Groups, precision: Precision, offloading: OffloadPolicy
+) -> None:
     if isinstance(module, FSDPModule):
         return
     own = parameters_at(slots)
@@ -419,17 +441,17 @@ def _shard_block(module: nn.Module, slots: list[Slot], groups: Groups, precision
         mesh=groups.partition_mesh,
         mp_policy=_policy(precision, own),
         reshard_after_forward=True,
+        offload_policy=offloading,
         ignored_params=ignored or None,
     )
 
 
-def _shard_root(
-    root: MiCSModule, slots: list[Slot], groups: Groups, precision: Precision, ignored: Sequence[nn.Parameter]
-) -> None:
+def _shard_root(root: MiCSModule, slots: list[Slot], ignored: Sequence[nn.Parameter]) -> None:
     fully_shard(
         root,
-        mesh=groups.partition_mesh,
-        mp_policy=_policy(precision, parameters_at(slots)),
+        mesh=root.groups.partition_mesh,
+        mp_policy=_policy(root.precision, parameters_at(slots)),
+        offload_policy=policy(root.offload, root.groups.device),
         ignored_params={*ignored} or None,
     )
     register_fsdp_forward_method(root, "as_output")
@@ -437,10 +459,12 @@ def _shard_root(
     root.gathering = tuple(module for module in root.modules() if isinstance(module, FSDPModule))
 
 
-def is_kept_whole(module: nn.Module, partition_size: int, precision: Precision) -> bool:
+def is_kept_whole(module: nn.Module, partition_size: int, precision: Precision, offload: Offload | None = None) -> bool:
     """Whether each rank holds, computes with and updates whole parameters, so that an engine has nothing to do."""
-    return partition_size == 1 and not any(
-        isinstance(p, DTensor) or precision.travels(p.dtype) != p.dtype for p in module.parameters()
+    return (
+        partition_size == 1
+        and offload != Offload.PARAMETERS
+        and not any(isinstance(p, DTensor) or precision.travels(p.dtype) != p.dtype for p in module.parameters())
     )
 
 
@@ -467,11 +491,12 @@ def _install_comms(root: MiCSModule, slots: dict[str, list[Slot]]) -> None:
     gather, hop_1 = root.wire.gather, root.wire.hop_1
     if gather is None or hop_1 is None:
         return
-    p = root.groups.topology.partition_size
+    p, device = root.groups.topology.partition_size, root.groups.device
+    on_host = partial(empty_on_host, device=device) if root.offload == Offload.PARAMETERS else None
     for name, module in _gathering(root).items():
         root.gathers[module] = BlockGather(name or OUTSIDE, gather)
         parameters = parameters_at(slots[name])
-        root.hops_1[module] = HopOne(name or OUTSIDE, parameters, hop_1, p, blocks_whole(root.groups) - 1)
+        root.hops_1[module] = HopOne(name or OUTSIDE, parameters, hop_1, p, blocks_whole(root.groups) - 1, on_host)
         module.set_custom_all_gather(root.gathers[module])
         module.set_custom_reduce_scatter(root.hops_1[module])
         module.set_gradient_divide_factor(1.0)  # hop 1 divides, once its sum has come
@@ -486,6 +511,8 @@ def _gathering(root: MiCSModule) -> dict[str, Any]:
 def _install_window(root: MiCSModule, slots: dict[str, list[Slot]], scalars: list[Slot]) -> None:
     root.order = BlockOrder(root.blocks)
     root.order.before_call = root._await_updates
+    if (hosts := root.groups.on_host) is not None:
+        root.order.before_repeat = lambda index: check_repeat(hosts, root.blocks[index].name, index)
     gathering = _gathering(root)
     blocks = [(index, block.name) for index, block in enumerate(root.blocks)]
     whole, alone = not root.gathering, root.groups.topology.world_size == 1
@@ -514,6 +541,7 @@ def _install_window(root: MiCSModule, slots: dict[str, list[Slot]], scalars: lis
         root.residency,
         HeldGradients(root) if root.hops_1 else None,
         kept_whole=whole,
+        on_host=root.offload == Offload.PARAMETERS,
         sum_dtype=root.precision.sum_dtype(widest),
     )
 
@@ -540,9 +568,14 @@ def _modules_outside(root: nn.Module, found: tuple[Block, ...]) -> Iterator[tupl
 # -- checks, before any collective -------------------------------------------------------------------------------------
 
 
-def _check_sharded_by_user(module: nn.Module, groups: Groups) -> None:
+def _check_sharded_by_user(module: nn.Module, groups: Groups, offload: Offload | None) -> None:
     ours = groups.partition_mesh
     for name, param in module.named_parameters():
+        if isinstance(param, DTensor) and offload == Offload.PARAMETERS:
+            raise ValueError(
+                f'offload="parameters": {name} is sharded already, and would stay where it is; leave the sharding to '
+                "lightning-mics"
+            )
         if isinstance(param, DTensor) and (
             param.device_mesh.ndim > 1 or not torch.equal(param.device_mesh.mesh, ours.mesh)
         ):
@@ -550,6 +583,12 @@ def _check_sharded_by_user(module: nn.Module, groups: Groups) -> None:
                 f"{name} is sharded already, over ranks {param.device_mesh.mesh.flatten().tolist()}, not over this "
                 f"rank's partition group {ours.mesh.flatten().tolist()}; leave the sharding to lightning-mics"
             )
+
+
+def _check_hooks(module: nn.Module) -> None:
+    for name, param in module.named_parameters():
+        if param.ndim and not isinstance(param, DTensor) and hooks_on(param):
+            raise ValueError(HOOKED.format(name, "its shard would not have"))
 
 
 def _check_dtypes(slots: dict[str, list[Slot]]) -> None:

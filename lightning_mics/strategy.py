@@ -30,6 +30,7 @@ from lightning_mics.fit_planning import apply_batch, question_of
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import AUTO, Rung
 from lightning_mics.network import Network
+from lightning_mics.offload import Offload, check_scaler, step_on_host
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner.plan import Workload
 from lightning_mics.planning import Asked, decide
@@ -39,6 +40,7 @@ from lightning_mics.running import RunningMixin, register_in
 from lightning_mics.saving import SavingMixin
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.topology import PartitionSize
+from lightning_mics.trials import Trials
 
 # Where a module or a callback may read parameters after an optimizer step and before the next forward.
 _BETWEEN_STEP_AND_FORWARD = (
@@ -98,6 +100,11 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
             that run between a step and the next forward find parameters complete, at the price of waiting for them; a
             `training_step` that reads a block's parameters outside that block's forward calls
             `trainer.strategy.mics.finish_updates()` first.
+        offload: None leaves all on the device. "optimizer" keeps the optimizer's state on the host, and steps there: 8
+            bytes a parameter less on the device with Adam, for a copy of gradients and parameters in each step.
+            "parameters" keeps shards, the window's sums and the optimizer there, and gathers blocks on the device: what
+            is left there is activations and what is whole, for a copy of each shard before each gather. Not with a
+            gradient scaler ("16-mixed"), nor with `optimizer_state="world"`. Give the optimizer `fused=True`.
         network: what the cluster's two tiers can do, from `mics probe`: the path of its file, or a `Network`.
         async_save: let training go on while a checkpoint is written from a copy in host memory, of as many bytes as
             this rank writes. One at a time: the next save waits for it, and so does the end of training. If it fails,
@@ -111,7 +118,8 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
 
     Raises:
         ValueError: for a `partition_size` that does not fit the cluster, on every rank before any collective; for
-            `optimizer_state="world"` with manual optimization or LBFGS, when the Trainer starts.
+            `optimizer_state="world"` with manual optimization or LBFGS, when the Trainer starts; for what `offload`
+            does not go with.
         TypeError: for a `compile` that is none of the above.
     """
 
@@ -133,6 +141,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
         micro_batch: Literal["auto"] | None = None,
         memory_budget: int | float = 0.9,
         optimizer_state: OptimizerState | str = OptimizerState.PARTITION,
+        offload: Offload | str | None = None,
         network: Network | str | Path | None = None,
         async_save: bool = False,
         writers: Writers | str = Writers.ALL,
@@ -162,6 +171,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
             rung=rung,
             memory_budget=memory_budget,
             optimizer_state=optimizer_state,
+            offload=offload,
             network=network,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -171,6 +181,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
         self._set_training_state()
         check_writers(self._writers, self._optimizer_state)
         self._preemption: Preemption | None = None
+        self._trials: Trials | None = None
 
     # -- the cluster -------------------------------------------------------------------------------------------------
 
@@ -210,6 +221,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         check_not_in_backward(self.lightning_module)
+        check_scaler(self._offload, getattr(self.precision_plugin, "scaler", None))
         fits, manual = trainer.state.fn == "fit", not self.lightning_module.automatic_optimization
         if fits and manual and self._optimizer_state == OptimizerState.WORLD:
             raise ValueError(
@@ -237,6 +249,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
             precision=self._precision_for(precision, whole=False),
             optimizer_state=self._optimizer_state,
             activation_checkpointing=self._activation_checkpointing,
+            offload=self._offload,
         )
         asked = Asked(
             partition_size=None if "partition_size" in self._planned else self.topology.partition_size,
@@ -293,12 +306,31 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
                 )
         if self.mics.gathering or self._optimizer_state == OptimizerState.WORLD:
             check_optimizers(self.optimizers)
+        if self._offload == Offload.OPTIMIZER:
+            for optimizer in self.optimizers:
+                step_on_host(optimizer)
 
     # -- the schedule ------------------------------------------------------------------------------------------------
+
+    @property
+    def climbs(self) -> bool:
+        """Whether rungs are chosen between windows."""
+        return self._rung == AUTO
+
+    @contextmanager
+    def trying(self, trials: Trials) -> Generator[None, None, None]:
+        """Batches in here are of one size after another, and `trials` says which are too large."""
+        self._trials = trials
+        try:
+            yield
+        finally:
+            self._trials = None
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.saver.look()
+        if self._trials is not None:
+            self._trials.batch_begins()
         self._rng.step_begins(new_epoch=batch_idx == 0)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mics._compat import allow_wide_gradients
+from lightning_mics._compat import allow_wide_gradients, hooks_on
 from lightning_mics.block_order import BlockOrder
 from lightning_mics.channels import Task, Transfer
 from lightning_mics.climb import Climb
@@ -38,6 +38,12 @@ from lightning_mics.optimizer_shards import Mean, OptimizerShards
 from lightning_mics.residency import Residency
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Traffic
+
+HOOKED = (
+    "{} has a hook (register_hook, register_post_accumulate_grad_hook), which {}: a shard's gradient is there when "
+    "backward is over; look at gradients, change them and step optimizers then (on_before_optimizer_step, "
+    "configure_optimizers), or keep parameters whole: partition_size=1"
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Window:
         residency: tells the engine what to free behind each forward and backward.
         held: gradients that the engine does not reduce in each micro-step; None where it has nowhere to reduce them.
         kept_whole: whether autograd itself accumulates into `.grad`, once a backward, and no engine does.
+        on_host: whether `.grad` is in the host's memory, and hop 2 goes by way of the device.
         sum_dtype: the window's sums are kept in this dtype where the parameter's own is narrower.
     """
 
@@ -93,6 +100,7 @@ class Window:
         residency: Residency,
         held: HeldGradients | None = None,
         kept_whole: bool = False,
+        on_host: bool = False,
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.buckets = tuple(buckets)
@@ -111,6 +119,7 @@ class Window:
         self._order = order
         self._usage = usage
         self._kept_whole = kept_whole
+        self._on_host = on_host
         self._alone = kept_whole and groups.topology.world_size == 1
         self.rung = Rung()
         """What stays whole until the boundary."""
@@ -136,7 +145,7 @@ class Window:
         self._complete = False
         self._launched = 0
         self._in_flight: list[Transfer] = []
-        self._marks: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._marks: list[_Mark] = []
         self._means: list[Mean] = []
         for index, bucket in enumerate(self.buckets):
             for param in bucket.parameters:
@@ -179,7 +188,13 @@ class Window:
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Around one backward pass. Its hop 1, and at the boundary hop 2 of every parameter, are over when it exits."""
+        """Around one backward pass. Its hop 1, and at the boundary hop 2 of every parameter, are over when it exits.
+
+        Raises:
+            ValueError: if there are hooks of others on shards.
+        """
+        if not self._micro_steps:
+            self._check_hooks()
         self._drop_stale()
         self._drop_cleared()
         self._micro_steps += 1
@@ -209,6 +224,12 @@ class Window:
         if self.one_backward:
             self._residency.show_shards()
         self._mark(boundary)
+
+    def _check_hooks(self) -> None:
+        for bucket in self.buckets if not self._kept_whole else ():
+            if any(isinstance(param, DTensor) and hooks_on(param) > 1 for param in bucket.parameters):
+                what = f"a parameter of {bucket.name}"
+                raise ValueError(HOOKED.format(what, "would run before hop 1 is over, if at all"))
 
     def close(self) -> None:
         """Before the optimizer's step: hop 2 on all that lacks it, and gradients in their parameters' dtype.
@@ -282,8 +303,9 @@ class Window:
 
     # -- gradients that the user clears ------------------------------------------------------------------------------
     # The sums are in `.grad`, where they are cleared; not so gradients that are held whole, nor, inside a window, those
-    # of pieces. There a mark is left for the user to clear, and looked for before the window goes on. It requires a
-    # gradient, as no gradient does: what sets gradients to zeros instead of None takes that away.
+    # of pieces. There a mark is left for the user to clear, and looked for before the window goes on: zeros, or the
+    # last window's gradient, if that was not cleared and counts on. It requires a gradient, as no gradient does: what
+    # sets gradients to zeros instead of None takes that away.
 
     def _mark(self, boundary: bool) -> None:
         if boundary or not self.cleared_by_user:
@@ -292,20 +314,16 @@ class Window:
         for param in (param for bucket in self.buckets for param in bucket.trainable):
             piece = self._stepped_for(param)
             for holder in {id(each): each for each in (param, piece)}.values():
-                if holder.grad is None and (elsewhere or holder is not param):
-                    holder.grad = _zeros_without_memory(holder).requires_grad_()
-                    self._marks.append((param, holder, holder.grad))
+                if elsewhere or (holder is not param and holder.grad is None):
+                    self._marks.append(_Mark.on(param, holder))
 
     def _drop_cleared(self) -> None:
         if not self.cleared_by_user:
             return
-        cleared = {
-            id(param): param for param, holder, mark in self._marks if holder.grad is not mark or not mark.requires_grad
-        }
-        for _, holder, mark in self._marks:
-            if holder.grad is mark:
-                holder.grad = None
-        marked = {id(param) for param, holder, _ in self._marks if holder is param}
+        cleared = {id(mark.param): mark.param for mark in self._marks if mark.is_gone}
+        for mark in self._marks:
+            mark.remove()
+        marked = {id(mark.param) for mark in self._marks if mark.holder is mark.param}
         for param in self._parameters:
             if id(param) not in marked and self._usage.saw(param) and self._has_no_gradient(param):
                 cleared[id(param)] = param
@@ -446,11 +464,14 @@ class Window:
             hop_1.wait()
         flat = together(shards)
         gathered = torch.cat([shard.padded() for shard in shards]) if flat is None else flat
-        yield from self._all_reduce(gathered)
-        gathered.div_(self._groups.topology.replicas)
+        sums = gathered.to(self._groups.device, copy=True) if self._on_host else gathered
+        yield from self._all_reduce(sums)
+        sums.div_(self._groups.topology.replicas)
         if flat is None:
-            for shard, mean in zip(shards, gathered.split([shard.room for shard in shards]), strict=True):
+            for shard, mean in zip(shards, sums.split([shard.room for shard in shards]), strict=True):
                 shard.local.copy_(mean[: shard.local.numel()].view_as(shard.local))
+        elif self._on_host:
+            flat.copy_(sums)
 
     def _local_gradient(self, param: nn.Parameter) -> Tensor:
         """This rank's part of `param.grad`, made of zeros where there is none."""
@@ -499,6 +520,39 @@ class Window:
 
     def _is_narrow(self, param: Tensor) -> bool:
         return param.dtype.is_floating_point and param.dtype.itemsize < self._sum_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What a user clears who clears gradients that are elsewhere.
+
+    Attributes:
+        param: whose these are.
+        holder: in whose `.grad` the mark is.
+        gradient: the mark.
+        made: whether it is none but a mark.
+    """
+
+    param: nn.Parameter
+    holder: Tensor
+    gradient: Tensor
+    made: bool
+
+    @classmethod
+    def on(cls, param: nn.Parameter, holder: Tensor) -> _Mark:
+        made = holder.grad is None
+        if holder.grad is None:
+            holder.grad = _zeros_without_memory(holder)
+        return cls(param, holder, holder.grad.requires_grad_(), made)
+
+    @property
+    def is_gone(self) -> bool:
+        return self.holder.grad is not self.gradient or not self.gradient.requires_grad
+
+    def remove(self) -> None:
+        self.gradient.requires_grad_(False)
+        if self.made and self.holder.grad is self.gradient:
+            self.holder.grad = None
 
 
 def _zeros_without_memory(like: Tensor) -> Tensor:

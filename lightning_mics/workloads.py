@@ -90,6 +90,7 @@ def _overrides(arguments: Arguments) -> list[str]:
         "workload.precision": arguments.precision,
         "workload.activation_checkpointing": arguments.checkpointing,
         "workload.optimizer_state": arguments.optimizer_state,
+        "workload.offload": arguments.offload,
     }
     given = [
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
@@ -109,6 +110,7 @@ def _of_factory(arguments: Arguments, cluster: Cluster) -> Workload:
         "precision": None if arguments.precision is None else Precision.of_trainer(arguments.precision),
         "activation_checkpointing": arguments.checkpointing,
         "optimizer_state": arguments.optimizer_state,
+        "offload": arguments.offload,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(made, **changes)

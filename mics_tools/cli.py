@@ -110,7 +110,7 @@ def plan(
     model= is one of conf/model, or package.module:factory. cluster= is one of the hardware file (p3dn, p4d, p4de, p5,
     dgx-a100, dgx-h100, ethernet-25g, virtual), with nodes=, or a file of `mics probe`, with device=. Besides: batch=,
     or micro_batch= and window=; partition_size=, rung=, memory_budget=, precision=, checkpointing=, optimizer_state=,
-    seq_len=, hardware=FILE. All else overrides the configuration, as Hydra does it.
+    offload=, seq_len=, hardware=FILE. All else overrides the configuration, as Hydra does it.
     """
     with _impossible_said():
         from lightning_mics.plan_command import run

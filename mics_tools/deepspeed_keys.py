@@ -73,8 +73,8 @@ BY_ITSELF: Mapping[str, str] = {
 }
 
 _OFFLOAD = (
-    'state stays on the device; for an r-th of the optimizer\'s memory optimizer_state="world", for less of all else '
-    "a larger partition_size and activation_checkpointing=True"
+    'offload="optimizer" keeps its state in the host\'s memory, offload="parameters" all that is sharded; nothing goes '
+    "to disks"
 )
 _QUANTIZED = "nothing is quantized; between_nodes=torch.bfloat16 halves what an fp32 run sends between nodes"
 _SCALER = (

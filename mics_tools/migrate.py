@@ -99,7 +99,17 @@ def migrated(config: Mapping[str, Any], to: Target = Target.LIGHTNING, ranks: in
         ValueError: for a value that DeepSpeed does not allow.
     """
     draft = _Draft(config, to)
-    for step in (_partition, _precision, _clipping, _checkpointing, _compiling, _reduce_dtype, _printing, _optimizer):
+    for step in (
+        _partition,
+        _offloading,
+        _precision,
+        _clipping,
+        _checkpointing,
+        _compiling,
+        _reduce_dtype,
+        _printing,
+        _optimizer,
+    ):
         step(draft)
     _window(draft, ranks)
     _scheduler(draft)
@@ -233,6 +243,28 @@ def _partition(draft: _Draft) -> None:
         draft.tell(key, Fate.WRITTEN, f"partition_size: 1{state}{also}")
     if _ZERO not in draft.config:
         draft.told.pop(key)
+
+
+def _offloading(draft: _Draft) -> None:
+    for section, what in (("offload_param", "parameters"), ("offload_optimizer", "optimizer")):
+        key = f"{_ZERO}.{section}"
+        if draft.get(f"{key}.device", str, '"cpu", "nvme" or "none"') != "cpu":
+            continue
+        if "offload" in draft.strategy:
+            draft.tell(f"{key}.device", Fate.BY_ITSELF, 'offload="parameters" has the optimizer on the host as well')
+        elif why_not := _excludes_offload(draft):
+            draft.tell(f"{key}.device", Fate.WITHOUT, why_not)
+        else:
+            draft.write(f"{key}.device", draft.strategy, "offload", what)
+        draft.tell(f"{key}.pin_memory", Fate.BY_ITSELF, "what is copied between host and device is pinned")
+
+
+def _excludes_offload(draft: _Draft) -> str | None:
+    if draft.strategy.get("optimizer_state") == "world":
+        return 'offload does not go with optimizer_state="world"; partition_size: null with offload shards all'
+    if draft.enabled("fp16"):
+        return "offload does not go with a gradient scaler; train in bf16"
+    return None
 
 
 def _stage(draft: _Draft) -> int:

@@ -18,14 +18,14 @@ TOOLS = sorted(Path(mics_tools.__file__).parent.glob("*.py"))
 # Lowest first. What stands in one row does not import its like.
 ROWS = (
     {"topology", "choice", "network", "ladder", "precision", "memory", "flat", "cross_memory", "version", "_compat"},
-    {"averages", "groups", "channels"},
-    {"collectives", "climb", "residency", "held"},
+    {"averages", "repeats", "groups", "channels"},
+    {"collectives", "climb", "residency", "held", "trials"},
     {"exchange", "native"},
     {"pipelined"},
     {"wire", "blocks", "materialize", "usage"},
     {"comms", "block_order"},
     {"optimizer_shards"},
-    {"two_hop"},
+    {"two_hop", "offload"},
     {"accounting"},
     {"sharding"},
     {"checkpoint", "loaders", "preemption", "probe", "telemetry", "planner"},

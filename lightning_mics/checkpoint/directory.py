@@ -41,7 +41,7 @@ from lightning_mics.checkpoint.optimizer import (
     check_same_parameters,
     empty_like_saved,
     held_by_name,
-    number_parameters,
+    load_state,
     paired,
 )
 from lightning_mics.checkpoint.plain import load_plain, reason
@@ -181,7 +181,7 @@ class Checkpoint:
         targets = together(fit, f"cannot load {self.path}")
         together(lambda: metadata.read(self.path, index, targets), f"cannot read tensors of {self.path}")
         for optimizer, state in zip(optimizers, states or (), strict=False):  # as many, or no optimizer
-            optimizer.load_state_dict(number_parameters(state))
+            load_state(optimizer, state)
         extra = {key.removeprefix(MODEL): value for key, value in targets.items() if key.endswith(_EXTRA)}
         module.load_state_dict(rest["state_dict"] | extra, strict=False)  # a copy of what modules keep elsewhere
         return {**rest, "state_dict": {}}

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_mics._compat import quantized_state
+from lightning_mics.offload import stepped_for
 from lightning_mics.optimizer_shards import parameter_of
 
 StateByName = dict[str, Any]
@@ -24,10 +27,25 @@ def optimizer_state_by_name(module: nn.Module, optimizer: Optimizer) -> StateByN
     """The optimizer's state dict, with parameter names for indices.
 
     Returns:
-        "state": for each name a dict of tensors (DTensors where the parameter's shape is kept) and values;
-        "param_groups": each with the names in its "params".
+        "state": for each name a dict of tensors (DTensors where the parameter's shape is kept; of those that an
+        optimizer keeps in fewer bits, the values) and values; "param_groups": each with the names in its "params".
     """
-    return name_parameters(module, optimizer, optimizer.state_dict())
+    named = name_parameters(module, optimizer, optimizer.state_dict())
+    state = {name: {key: _values(value) for key, value in each.items()} for name, each in named["state"].items()}
+    return {**named, "state": state}
+
+
+@torch.no_grad()
+def load_state(optimizer: Optimizer, by_name: StateByName) -> None:
+    """Load state by name, of which each rank has its part; what an optimizer keeps in fewer bits is rounded to them."""
+    optimizer.load_state_dict(number_parameters(by_name))
+    for param, fields in optimizer.state.items():
+        for name, value in fields.items():
+            if isinstance(value, Tensor) and value.shape == param.shape and param.ndim:
+                made = quantized_state(optimizer, stepped_for(optimizer, param), name)
+                if made is not None:
+                    _local(made).copy_(_local(value))
+                    fields[name] = made
 
 
 def paired(
@@ -93,8 +111,8 @@ def name_parameters(module: nn.Module, optimizer: Optimizer, numbered: Mapping[s
 
 
 def held_by_name(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """What the optimizer steps for each parameter: the parameter, or this rank's piece of it."""
-    held = (param for group in optimizer.param_groups for param in group["params"])
+    """What the optimizer has state for, for each parameter: that, this rank's piece of it, or its copy on the host."""
+    held = (stepped_for(optimizer, param) for group in optimizer.param_groups for param in group["params"])
     names = (name for group in _names(module, optimizer) for name in group)
     return dict(zip(names, held, strict=True))
 
@@ -115,6 +133,25 @@ def _names(module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
             "configure_optimizers, from self.parameters()"
         )
     return groups  # type: ignore[return-value]
+
+
+def _values(value: Any) -> Any:
+    """Of a tensor that is kept in fewer bits than its dtype says, as torchao's, which can be sharded otherwise."""
+    if not isinstance(value, Tensor):
+        return value
+    own = _local(value)
+    if type(own).dequantize is Tensor.dequantize:
+        return value
+    plain = own.dequantize()
+    if not isinstance(value, DTensor):
+        return plain
+    return DTensor.from_local(
+        plain, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _first_difference(ours: list[list[str]], saved: list[list[str]]) -> str:

@@ -24,6 +24,7 @@ from lightning_mics.checkpoint.optimizer import (
     StateByName,
     check_same_parameters,
     held_by_name,
+    load_state,
     name_parameters,
     number_parameters,
     paired,
@@ -166,7 +167,7 @@ def load_whole_optimizer_state(module: nn.Module, optimizer: Optimizer, state: M
 
 def _take(module: nn.Module, optimizer: Optimizer, state: StateByName) -> None:
     held = held_by_name(module, optimizer)
-    optimizer.load_state_dict(number_parameters(_sharded_state(held, state)))
+    load_state(optimizer, _sharded_state(held, state))
 
 
 def _as_in(target: object, value: object, key: str) -> object:

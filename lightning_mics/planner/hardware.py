@@ -39,6 +39,8 @@ class Device:
         bandwidth_share: of the memory bandwidth, what operators reach that do nothing but read and write.
         kernel: seconds that an operator takes beside its work, one behind the other.
         processors: that compute tiles of a product side by side; 1 where this is not known to matter.
+        host_link: bytes per second between its memory and the host's, in one direction.
+        host_memory: bytes per second that its rank gets of the host's memory, reads and writes together.
         layer_share: of its 16-bit peak, what a transformer layer has been measured to reach in forward and backward;
             nothing is computed by it, and None where nobody told.
 
@@ -54,6 +56,8 @@ class Device:
     bandwidth_share: float = 1.0
     kernel: float = 5e-6
     processors: float = 1
+    host_link: float = 12e9
+    host_memory: float = 20e9
     layer_share: float | None = None
     attention_share: float | None = None
 
@@ -62,7 +66,7 @@ class Device:
             if dtype not in DTYPES:
                 raise ValueError(f"peak_flops.{dtype} is unknown; choose of {', '.join(DTYPES)}")
             _check_positive(f"peak_flops.{dtype}", peak)
-        for name in ("memory_bytes", "memory_bandwidth", "kernel", "processors"):
+        for name in ("memory_bytes", "memory_bandwidth", "kernel", "processors", "host_link", "host_memory"):
             _check_positive(name, getattr(self, name))
         for name in ("matmul_share", "bandwidth_share", "layer_share", "attention_share"):
             share = getattr(self, name)

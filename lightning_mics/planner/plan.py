@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_mics.blocks import BlockChoice
 from lightning_mics.ladder import RUNGS, Gradients, Parameters, Rung
+from lightning_mics.offload import Offload
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner import schedule
 from lightning_mics.planner.activations import Activations, loss_of, trace
@@ -57,6 +58,7 @@ class Workload:
         optimizer: what it keeps, by default AdamW's; see `OptimizerBytes.measure`.
         optimizer_state: over which ranks it is sharded.
         activation_checkpointing: whether blocks compute their forward again in backward.
+        offload: what is in the host's memory.
     """
 
     module: nn.Module
@@ -67,6 +69,7 @@ class Workload:
     optimizer: OptimizerBytes = ADAMW
     optimizer_state: OptimizerState = OptimizerState.PARTITION
     activation_checkpointing: bool = False
+    offload: Offload | None = None
 
 
 def token_batches(seq_len: int) -> Callable[[int], dict[str, Tensor]]:
@@ -234,6 +237,7 @@ class Planner:
                 precision=work.precision,
                 blocks=work.blocks,
                 device_type=self.device_type,
+                offload=work.offload,
             )
         return self._states[topology]
 
@@ -258,6 +262,7 @@ class Planner:
             work.activation_checkpointing,
             self.device_type,
             network=self.cluster.network,
+            shards_on_host=self.state(topology).shards_on_host,
         )
 
     def step(

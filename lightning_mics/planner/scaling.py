@@ -178,7 +178,7 @@ def _nothing(planner: Planner, asked: Asked) -> Point:
 def _peers(planner: Planner, micro_batch: int, window: int) -> Iterator[Point]:
     work = planner.workload
     sums = replace(work.precision, reduce_dtype=work.precision.sum_dtype(torch.float32))
-    workload = replace(work, optimizer_state=OptimizerState.PARTITION, precision=sums)
+    workload = replace(work, optimizer_state=OptimizerState.PARTITION, precision=sums, offload=None)
     planner = Planner(workload, planner.cluster, memory_budget=planner.budget)
     n = planner.cluster.devices
     at = partial(_peer, planner, micro_batch, window)

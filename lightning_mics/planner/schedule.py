@@ -112,6 +112,7 @@ class Case:
         form: of the collectives; by default that of gloo on CPU, and of NCCL elsewhere.
         network: decides between hierarchical and flat; by default `Network.default`.
         in_trainer: whether Lightning runs it, and sends flags of its own.
+        shards_on_host: whether they are in another memory than what is gathered.
 
     Raises:
         ValueError: for a window of no micro-steps.
@@ -127,6 +128,7 @@ class Case:
     form: Form | None = None
     network: Network | None = None
     in_trainer: bool = False
+    shards_on_host: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 1:

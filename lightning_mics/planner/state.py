@@ -18,6 +18,7 @@ from lightning_mics.blocks import BlockChoice, find_blocks, has_parameters, para
 from lightning_mics.comms import padded_numel, whole_at_a_time
 from lightning_mics.exchange import reduction_bytes
 from lightning_mics.ladder import ModelBytes, Phase
+from lightning_mics.offload import Offload
 from lightning_mics.optimizer_shards import OptimizerState, room
 from lightning_mics.planner.meter import Meter
 from lightning_mics.precision import Precision
@@ -117,6 +118,12 @@ class ModelState:
         hop_1: what hop 1 needs beside the gradients that it sends.
         hop_2: the same of hop 2, for the largest bucket. One is under way at a time; where the links are slower than a
             backward, there may be three.
+        host: what is in the host's memory, where that is not the device's.
+        work: what the optimizer's step reads and writes, wherever.
+        copied: between host and device in the optimizer's step.
+        shards_on_host: whether each gather begins with a copy from the host, each hop 1 ends with one to it, and hop 2
+            goes by way of the device. Then the figures of shards and sums are 0 but for those of `blocks` and
+            `outside`.
     """
 
     blocks: tuple[BucketBytes, ...]
@@ -130,16 +137,20 @@ class ModelState:
     pieces: tuple[int, ...]
     hop_1: int
     hop_2: int
+    host: int = 0
+    work: int = 0
+    copied: int = 0
+    shards_on_host: bool = False
 
     @property
     def parameters(self) -> int:
         """Their shards."""
-        return sum(bucket.shards for bucket in (*self.blocks, self.outside))
+        return 0 if self.shards_on_host else sum(bucket.shards for bucket in (*self.blocks, self.outside))
 
     @property
     def sums(self) -> tuple[int, ...]:
         """The window's gradients in shards, of each block, and last of what lies outside."""
-        return tuple(bucket.sums for bucket in (*self.blocks, self.outside))
+        return tuple(0 if self.shards_on_host else bucket.sums for bucket in (*self.blocks, self.outside))
 
 
 def model_state(
@@ -151,6 +162,7 @@ def model_state(
     precision: Precision = _UNCHANGED,
     blocks: BlockChoice = None,
     device_type: str = "cpu",
+    offload: Offload | str | None = None,
 ) -> ModelState:
     """What a rank holds of `module`, on the meta device or any other.
 
@@ -164,32 +176,48 @@ def model_state(
         precision: dtypes on the wire.
         blocks: see `find_blocks`.
         device_type: where the tensors will be.
+        offload: what of them will be in the host's memory; where that is the device's as well, what offloading adds.
 
     Raises:
-        ValueError: for what `find_blocks` refuses of `blocks`, or an `optimizer_state` that there is not.
+        ValueError: for what `find_blocks` refuses of `blocks`, an `optimizer_state` or `offload` that there is not, or
+            both where they exclude one another.
     """
     p = topology.partition_size
-    wide = OptimizerState.parse(optimizer_state, "optimizer_state") == OptimizerState.WORLD and topology.replicas > 1
+    optimizer_state = OptimizerState.parse(optimizer_state, "optimizer_state")
+    offload = Offload.of(offload, optimizer_state)
+    wide = optimizer_state == OptimizerState.WORLD and topology.replicas > 1
     found = find_blocks(module, blocks) if has_parameters(module) else ()
     slots = slots_by_owner(module, found)
     buckets = [parameters_at(slots[name]) for name in (*(block.name for block in found), "")]
-    whole = is_kept_whole(module, p, precision)
+    whole = is_kept_whole(module, p, precision, offload)
     *held, outside = [bucket_bytes(parameters, p, precision, whole) for parameters in buckets]
     trainable = [param for parameters in buckets for param in parameters if param.requires_grad]
     sizes = [room(param, topology) if wide else padded_numel(param, p) for param in trainable]
     pieces = [_piece_bytes(parameters, topology, precision) if wide else 0 for parameters in buckets]
+    stepped = sum(size * param.itemsize for size, param in zip(sizes, trainable, strict=True))
+    made, on_way = optimizer.state(sizes), optimizer.step(sizes)
+    if offload == Offload.OPTIMIZER:  # parameters, and in the step gradients, are there twice
+        made, on_way = made + stepped, on_way + stepped
+    apart = device_type != "cpu" and offload is not None
+    shards_on_host = apart and offload == Offload.PARAMETERS
+    shards = sum(bucket.shards + bucket.sums for bucket in (*held, outside)) if shards_on_host else 0
+    hop_2 = _hop_2_bytes([*held, outside], pieces, topology, whole or offload == Offload.PARAMETERS)
     return ModelState(
         blocks=tuple(held),
         outside=outside,
-        model=model_bytes(held, outside, whole_at_a_time(topology, device_type)),
+        model=model_bytes(held, outside, whole_at_a_time(topology, device_type), shards_on_host),
         kept_whole=whole,
         adds_in_place=all(precision.travels(q.dtype) == precision.sum_dtype(q.dtype) for q in trainable),
-        optimizer=optimizer.state(sizes),
-        step=optimizer.step(sizes),
-        stepped=sum(size * param.itemsize for size, param in zip(sizes, trainable, strict=True)),
+        optimizer=0 if apart else made,
+        step=0 if apart else on_way,
+        stepped=0 if shards_on_host else stepped,
         pieces=tuple(pieces),
         hop_1=_hop_1_bytes([*held, outside], topology, device_type),
-        hop_2=_hop_2_bytes([*held, outside], pieces, topology, whole),
+        hop_2=hop_2,
+        host=made + on_way + shards if apart else 0,
+        work=3 * stepped + 2 * optimizer.state(sizes) + 2 * optimizer.step(sizes),
+        copied=3 * stepped if offload == Offload.OPTIMIZER else 0,
+        shards_on_host=shards_on_host,
     )
 
 
@@ -208,10 +236,12 @@ def _hop_1_bytes(buckets: list[BucketBytes], topology: Topology, device_type: st
     return slot * (2 * nodes - 1)  # the sums of all nodes' slots, and what comes for this one's
 
 
-def _hop_2_bytes(buckets: list[BucketBytes], pieces: list[int], topology: Topology, kept_whole: bool) -> int:
-    """Pieces are laid out for all replicas; gradients that autograd made one by one are brought together."""
+def _hop_2_bytes(buckets: list[BucketBytes], pieces: list[int], topology: Topology, copies: bool) -> int:
+    """Pieces are laid out for all replicas; gradients are brought together that autograd made one by one, or are on the
+    host.
+    """
     if topology.replicas == 1:
         return 0
     if any(pieces):
         return max(pieces) * topology.replicas
-    return max(bucket.sums for bucket in buckets) if kept_whole else 0
+    return max(bucket.sums for bucket in buckets) if copies else 0

@@ -87,8 +87,7 @@ class Work:
             head=seconds[Phase.HEAD, None],
             loss=seconds[Phase.LOSS, None],
             behind=seconds[Phase.BACKWARD, None],
-            # Parameters and state are read and written, gradients are read.
-            optimizer=compute.moving(3 * state.stepped + 2 * state.optimizer + 2 * state.step),
+            optimizer=_step_seconds(state, compute),
         )
 
     def of_kind(self, kind: Kind, unit: int | None, first: bool) -> float:
@@ -99,6 +98,13 @@ class Work:
             outside = (self.before, self.head) if kind == Kind.FORWARD else (self.loss, self.behind)
             return outside[not first]
         return self.backward[unit] if kind == Kind.BACKWARD else self.forward[unit]
+
+
+def _step_seconds(state: ModelState, compute: Compute) -> float:
+    """Parameters and state are read and written, gradients are read."""
+    if not state.host:
+        return compute.moving(state.work + 2 * state.copied)
+    return state.work / compute.device.host_memory + state.copied / compute.device.host_link
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,10 @@ class Pricing:
                     seconds = self._laid_out(task, task.collective)
                     made.append(self._computing(f"{_said(task)}, laid out", seconds, after))
                     after = (len(made) - 1,)
+                if task.kind == Kind.HOP_2 and self._case.shards_on_host:
+                    seconds = self._over_link(2 * task.collective.nbytes)
+                    made.append(self._computing(f"{_said(task)}, from the host and back", seconds, after))
+                    after = (len(made) - 1,)
                 made.extend(self._sending(task, task.collective, after, len(made)))
             ends.append(len(made) - 1)
         return made, ends
@@ -189,13 +199,20 @@ class Pricing:
             seconds = self._host.seconds(Part.HOOKS, Thread.COMPUTING, nbytes) / 2
         if keeps_apart(self._case) and task.kind == Kind.BACKWARD and task.micro_step < self._case.window - 1:
             seconds += self._host.seconds(Part.KEEP, Thread.COMPUTING, nbytes)
+        if self._case.topology.partition_size == 1:  # what is gathered, and its gradients, otherwise say so themselves
+            seconds += self._over_link(nbytes * (2 if task.kind == Kind.BACKWARD else 1))
         return seconds
+
+    def _over_link(self, nbytes: float) -> float:
+        """Seconds of a copy between the device and the host, which waits for it, where shards are there."""
+        return nbytes / self._compute.device.host_link if self._case.shards_on_host else 0.0
 
     def _laid_out(self, task: Task, collective: Collective) -> float:
         """Seconds of the rank's own thread for what comes or goes."""
         part = PARTS[task.kind]
         if not self._host.knows(part):
-            return self._compute.moving(2 * collective.nbytes)
+            own = collective.nbytes / self._case.topology.partition_size
+            return self._compute.moving(2 * collective.nbytes) + self._over_link(own)
         between = collective.nodes_joined(self._per_node) > 1
         return self._host.seconds(part, Thread.COMPUTING, collective.nbytes, between)
 

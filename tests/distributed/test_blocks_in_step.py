@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_mics import repeats
 from lightning_mics.groups import Groups
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
@@ -118,6 +120,31 @@ def test_every_path_gets_its_gradient(partition_size: int) -> None:
 
 def test_recomputing_a_block_is_not_another_call() -> None:
     assert run_ranks(4, differences, 2, True) == [{}] * 4
+
+
+def repeat(paths: dict[int, Sequence[int]]) -> None:
+    repeats.PATIENCE = timedelta(seconds=3)
+    root = shard(Skipping(), Groups.create(Topology(2, 2, 2), "cpu"))
+    root.one_backward = True
+    path = paths[dist.get_rank()]
+    for micro in range(2):
+        loss = root(data(0, micro), path)
+        with root.window.backward():
+            loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("paths", "which"),
+    [
+        ({0: [0, 1, 1, 2, 3], 1: range(BLOCKS)}, r"rank 0:(.*\n)*.*layers\.1 runs again .*, and does not on another"),
+        ({0: range(BLOCKS), 1: [0, 1, 2, 3, 0]}, r"rank 1:(.*\n)*.*layers\.0 runs again .*, and does not on another"),
+        ({0: [0, 0, 1, 2, 3], 1: [0, 1, 1, 2, 3]}, r"runs again .*, and another one does on another"),
+    ],
+)
+def test_a_block_that_runs_again_on_some_ranks_is_an_error(paths: dict[int, Sequence[int]], which: str) -> None:
+    """Else the next block's gather is taken for it, and in the end a rank waits for one that never comes."""
+    with pytest.raises(AssertionError, match=which):
+        run_ranks(2, repeat, paths, grace=0.1, timeout=120)
 
 
 class Silent(Skipping):

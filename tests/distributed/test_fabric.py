@@ -143,6 +143,16 @@ def never_cleared(fabric: Any, model: Any, optimizer: Any) -> None:
             optimizer.step()
 
 
+def cleared_late(fabric: Any, model: Any, optimizer: Any) -> None:
+    """A window's gradients count on, until they are set to zeros in the midst of the next."""
+    for window in range(3):
+        micro_step(fabric, model, 2 * window, boundary=False)
+        if window == 1:
+            optimizer.zero_grad(set_to_none=False)
+        micro_step(fabric, model, 2 * window + 1, boundary=True)
+        optimizer.step()
+
+
 def last_inside(fabric: Any, model: Any, optimizer: Any) -> None:
     """The step comes after backward passes that were all inside: under DDP they are not, as it would not average."""
     inside = not isinstance(model._forward_module, nn.parallel.DistributedDataParallel)
@@ -274,6 +284,7 @@ def windows_of_ddp() -> None:
         (nested, (2, LOWEST), (4, HELD)),
         (raised_inside, (4, LOWEST), (2, LOWEST), (2, HELD), (1, WORLD)),
         (never_cleared, (2, LOWEST), (1, HELD)),
+        (cleared_late, (2, LOWEST), (2, HELD)),
         (closures, (2, LOWEST), (1, WORLD)),
     ):
         assert_as_ddp(loop, *cases, **options)

@@ -399,15 +399,32 @@ class InBackward(Toy):
         return None
 
 
+class Hooked(Toy):
+    """As soon as it is sharded, or, which is for the caller, before."""
+
+    def on_fit_start(self) -> None:
+        self.leave.weight.register_post_accumulate_grad_hook(lambda param: None)
+
+
 def _refused() -> list[str]:
     """Before anything is trained; ranks are in step after each."""
-    said = []
+    said: list[str] = []
+    hooks: list[str] = []
     normed = seeded(Toy)
     normed.norm = nn.BatchNorm1d(3)
     in_backward = seeded(InBackward)
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     _apply_optimizer_in_backward(torch.optim.SGD, in_backward.parameters(), {"lr": 0.1})
+    watched, stepping = seeded(Toy), seeded(Toy)
+    watched.enter.weight.register_hook(lambda gradient: gradient * 2)
+    stepping.layers[1].linear.bias.register_post_accumulate_grad_hook(lambda param: param.data.sub_(param.grad))
+    for module in (watched, stepping, seeded(Hooked)):
+        with pytest.raises(ValueError, match="a shard's gradient is there when backward is over") as error:
+            trainer(mics()).fit(module, Batches(2))
+        hooks.append(str(error.value).split(" has a hook")[0])
+    assert hooks == ["enter.weight", "layers.1.linear.bias", "a parameter of what lies outside the blocks"]
+    trainer(mics(1)).fit(watched, Batches(2))
     for module, options in (
         (seeded(Quasi), {}),
         (normed, {"sync_batchnorm": True}),
@@ -433,7 +450,7 @@ def test_what_cannot_be_is_refused_before_training() -> None:
                 "LBFGS lays all parameters out as one vector, which shards are not; choose",
                 "sync_batchnorm=True: torch synchronises batch norms on accelerators alone",
                 "enter.weight is stepped by an optimizer in backward, before its gradient has been averaged",
-                'BatchSizeFinder is not supported with distributed strategies: .* use MiCSStrategy(micro_batch="auto")',
+                "BatchSizeFinder is not supported with distributed strategies: .* callbacks.BatchSizeFinder()",
             ),
             strict=True,
         ):
@@ -445,6 +462,9 @@ def test_refusals_name_what_to_use_instead() -> None:
     for optimizer in (torch.optim.LBFGS(params), torch.optim.Adafactor(params), torch.optim.Rprop(params)):
         with pytest.raises(ValueError, match=r"choose an optimizer .* as AdamW or SGD, or keep parameters whole"):
             check_optimizers([optimizer])
+    foreign = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
+    with pytest.raises(ValueError, match=r"AdamW8bit of bitsandbytes .* use torchao's .* partition_size=1"):
+        check_optimizers([foreign(params)])
     for callback in (callbacks.StochasticWeightAveraging(1e-2), callbacks.EMAWeightAveraging()):
         with pytest.raises(ValueError, match=r"use lightning_mics\.callbacks\.WeightAveraging"):
             check_callbacks([callback])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -111,6 +112,27 @@ def test_what_is_whole_by_hand() -> None:
     kept = model_state(_meta(), Topology(4, 4, 1), optimizer=ADAMW)
     assert kept.kept_whole and set(kept.model.blocks) == {Whole(0, 0, 0)}
     assert kept.hop_2 == max(bucket.sums for bucket in kept.blocks)
+
+
+def test_what_is_on_the_host_by_hand() -> None:
+    """On an accelerator it leaves the device; where both are one memory, what offloading adds is there on top."""
+    topology, values = Topology(4, 4, 2), 4 * (7 * 9 + 7 + 5 * 13 + 5) + 5 * 7 - 7
+    of: Any = partial(model_state, _meta(), topology, optimizer=OptimizerBytes(8))
+    plain, optimizer, parameters = (of(device_type="cuda", offload=each) for each in (None, "optimizer", "parameters"))
+    assert (plain.optimizer, plain.stepped, plain.host) == (8 * values, 4 * values, 0)
+    assert (optimizer.optimizer, optimizer.step, optimizer.stepped) == (0, 0, 4 * values)
+    assert optimizer.parameters == plain.parameters and optimizer.model == plain.model
+    assert optimizer.host == 8 * values + 2 * 4 * values, "state, and copies of parameters and gradients"
+    assert (parameters.optimizer, parameters.stepped, parameters.parameters, sum(parameters.sums)) == (0, 0, 0, 0)
+    assert parameters.model == replace(plain.model, shards=0)
+    assert parameters.host == 8 * values + plain.model.shards
+    assert parameters.hop_2 == max(bucket.sums for bucket in (*plain.blocks, plain.outside))
+    here, there = of(), of(offload="optimizer")
+    assert (there.optimizer, there.step) == (here.optimizer + 4 * values, here.step + 4 * values)
+    assert there.work == here.work == plain.work == optimizer.work == parameters.work
+    assert of(offload="parameters").model == here.model
+    alone = model_state(_meta(), Topology(4, 4, 1), optimizer=ADAMW, offload="parameters", device_type="cuda")
+    assert not alone.kept_whole and alone.model.blocks[0].parameters == 4 * (117 + 13 + 117 + 9)
 
 
 def test_what_comes_in_a_reduction_by_hand() -> None:

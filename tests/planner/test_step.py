@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +126,20 @@ def test_what_a_list_takes_is_waited_for_first() -> None:
     (gather, *_) = (task for task in schedule(MODEL, Case(EIGHT)) if task.kind == ScheduleKind.GATHER)
     (plain, *_), (listed, *_) = (pricing.tasks((each,))[0] for each in (gather, replace(gather, pieces=16)))
     assert listed.seconds - plain.seconds == pytest.approx(16 * DEVICE.kernel)
+
+
+def test_what_is_on_the_host_takes_the_time_of_its_copies() -> None:
+    """A step there, and of shards a copy in each gather, hop 1 and hop 2, at the device's link."""
+    slow = replace(DEVICE, host_link=1e6, host_memory=1e6)
+    of: Any = partial(model_state, MODULE, EIGHT, optimizer=OptimizerBytes(8), device_type="cuda")
+    traced = trace(MODULE, tokens(2, 64), step=loss, device_type="cuda")
+    plain, optimizer, parameters = (of(offload=each) for each in (None, "optimizer", "parameters"))
+    step = {each.copied: Work.of(traced, each, Compute(slow), False).optimizer for each in (optimizer, parameters)}
+    assert step == pytest.approx({3 * plain.stepped: (plain.work + 3 * plain.stepped) / 1e6, 0: plain.work / 1e6})
+    on, case = replace(cluster(1e18, 1e-15), device=slow), Case(EIGHT, window=2, rung=Rung.parse("window/whole"))
+    done = Work.of(traced, plain, Compute(slow), False)
+    there = replace(case, shards_on_host=True)
+    without, with_copies = (simulate(MODEL, each, on, done, Compute(slow)).seconds for each in (case, there))
+    shards = sum(bucket.shards for bucket in (*plain.blocks, plain.outside))
+    sums = sum(bucket.sums for bucket in (*plain.blocks, plain.outside))
+    assert with_copies - without == pytest.approx((shards + 3 * sums) / 1e6, rel=0.01)
