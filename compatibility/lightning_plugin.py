@@ -18,11 +18,14 @@ from collections.abc import Callable, Generator, Mapping
 from functools import wraps
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.fabric
 import lightning.fabric.connector
+import lightning.fabric.plugins.io.torch_io as torch_io
 import lightning.fabric.strategies.launchers.subprocess_script as fabric_launcher
+import lightning.fabric.utilities.cloud_io as cloud_io
 import lightning.fabric.utilities.testing
 import lightning.pytorch.core.saving
 import lightning.pytorch.strategies.launchers.subprocess_script as pytorch_launcher
@@ -30,9 +33,13 @@ import lightning.pytorch.trainer.connectors.accelerator_connector
 import lightning.pytorch.utilities.testing
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from compatibility import lightning_counterparts as counterparts
+from compatibility.lightning_processes import Rank
 from lightning_mics import MiCSFabricStrategy, MiCSStrategy, consolidate
+from lightning_mics.checkpoint import number_parameters
 
 REPORT = "COMPATIBILITY_REPORT"
 """Names the file that gets a line of JSON for each event."""
@@ -52,6 +59,10 @@ class Watch:
     """What a test has done, and the report of it."""
 
     def __init__(self) -> None:
+        self.listen()
+
+    def listen(self) -> None:
+        """To what the environment says."""
         main = "LOCAL_RANK" not in os.environ and "RANK" not in os.environ
         self.report = os.environ.get(REPORT) if main else None
         self.alone = ALONE in os.environ
@@ -78,6 +89,10 @@ class Watch:
 
 
 _watch = Watch()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _watch.listen()
 
 
 # -- what a test asks for ----------------------------------------------------------------------------------------------
@@ -107,22 +122,22 @@ def _with_mics(connector: Any, strategy_class: Any) -> None:
 
 
 def _launched(fabric: Any) -> None:
-    """Have a Fabric of one process launched when it is made: on a single device it is not told to, with others it is."""
+    """Have a Fabric of one process launched when it is made, as nobody tells one of a single device to."""
     original = fabric.__init__
 
     @wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if (
-            isinstance(self._strategy, MiCSFabricStrategy)
-            and self._strategy.num_processes == self._strategy.num_nodes == 1
-        ):
+        strategy = self._strategy
+        if isinstance(strategy, MiCSFabricStrategy) and strategy.num_processes * strategy.num_nodes == 1:
             self.launch()
 
     fabric.__init__ = init
 
 
-def _in_own_process(launcher: Any) -> None:
+def _in_own_processes(module: Any) -> None:
+    """Have a launcher start further ranks by `Rank`, and only for a test that runs alone."""
+    launcher, module.subprocess = module._SubprocessScriptLauncher, SimpleNamespace(Popen=Rank)
     original = launcher._call_children_scripts
 
     @wraps(original)
@@ -133,6 +148,12 @@ def _in_own_process(launcher: Any) -> None:
         original(self)
 
     launcher._call_children_scripts = call
+
+
+def _watched(module: Any) -> None:
+    """Have no thread look after children where there are none: a test would wait five seconds for it to notice."""
+    original = module._launch_process_observer
+    module._launch_process_observer = lambda children: original(children) if children else None
 
 
 def _lift_conditions(module: Any) -> None:
@@ -158,15 +179,28 @@ def _exported(load: Callable[..., Any]) -> Callable[..., Any]:
     return loaded
 
 
+def whole(found: Any) -> Any:
+    """What a test compares, by tensors that are whole: a tensor, a state dict, or an optimizer's. Collective."""
+    if isinstance(found, DTensor):
+        return found.full_tensor().detach().clone()
+    if isinstance(found, Tensor):
+        return found.detach().clone()
+    if isinstance(found, dict):
+        found = {key: whole(value) for key, value in found.items()}
+        return number_parameters(found) if "param_groups" in found else found
+    return found
+
+
 _with_mics(lightning.pytorch.trainer.connectors.accelerator_connector._AcceleratorConnector, MiCSStrategy)
 _with_mics(lightning.fabric.connector._Connector, MiCSFabricStrategy)
 _launched(lightning.fabric.Fabric)
 for _launcher in (pytorch_launcher, fabric_launcher):
-    _in_own_process(_launcher._SubprocessScriptLauncher)
+    _in_own_processes(_launcher)
+    _watched(_launcher)
 for _module in (lightning.pytorch.utilities.testing, lightning.fabric.utilities.testing):
     _lift_conditions(_module)
 torch.load = _exported(torch.load)
-lightning.pytorch.core.saving.pl_load = _exported(lightning.pytorch.core.saving.pl_load)
+lightning.pytorch.core.saving.pl_load = torch_io.pl_load = cloud_io._load = _exported(cloud_io._load)
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

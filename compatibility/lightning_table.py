@@ -2,7 +2,7 @@
 
 It is `lightning_tests.yaml`. For each file there are tests to `run`; groups that `differ`, each with the reason and the
 error that a user gets, which has to come; and groups that do `not_apply`, each with the reason. A test is named by its
-function (with its class, if it has one), or together with its parameters, which counts more.
+function (with its class, if it has one), or together with its parameters, which counts more; `*` stands for any.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ class Plan:
         return result.now(Outcome.DIFFERS, self.why)
 
 
+_UNKNOWN = Plan(Outcome.UNKNOWN, "no row of the table names it")
+
+
 @dataclass(frozen=True)
 class Rows:
     """A file's part of the table.
@@ -99,16 +103,16 @@ class Rows:
         return cls(plans, tuple((old, new) for old, new in content.get("replace", ())))
 
     def row(self, test: str) -> str | None:
-        """The row for a test: of its name with parameters, or without."""
-        whole, function = test, test.partition("[")[0]
-        return whole if whole in self.plans else function if function in self.plans else None
+        """The row for a test: of its name with parameters, as they are or as a pattern, or without."""
+        function, _, parameters = test.partition("[")
+        patterns = (row for row in self.plans if row.startswith(f"{function}[") and "*" in row)
+        matching = (row for row in patterns if fnmatchcase(parameters, row.partition("[")[2]))
+        return next((row for row in (test, *matching, function) if row in self.plans), None)
 
 
 def _check_keys(where: str, content: Mapping[str, Any], known: set[str]) -> None:
     if strangers := set(content) - known:
-        raise ValueError(
-            f"{where}: {', '.join(sorted(strangers))} is not understood; known: {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"{where}: {sorted(strangers)} is not understood; choose of {sorted(known)}")
 
 
 @dataclass
@@ -143,12 +147,7 @@ class Table:
         for test in tests:
             file, _, name = test.partition("::")
             row = self.files[file].row(name)
-            found[test] = (
-                Plan(Outcome.UNKNOWN, "no row of the table names it") if row is None else self._plan(file, row)
-            )
+            found[test] = _UNKNOWN if row is None else self.files[file].plans[row]
             used.add(f"{file}::{row}")
         self.gone = [name for file in files for row in self.files[file].plans if (name := f"{file}::{row}") not in used]
         return found
-
-    def _plan(self, file: str, row: str) -> Plan:
-        return self.files[file].plans[row]

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,6 +24,7 @@ from rich.console import Console
 
 from benchmarks.results import about
 from compatibility.lightning_plugin import ALONE, KEPT, REPORT
+from compatibility.lightning_processes import run
 from compatibility.lightning_report import Outcome, Result, write
 from compatibility.lightning_source import copied
 from compatibility.lightning_table import Plan, Table
@@ -102,29 +100,9 @@ class Runner:
         environment |= {ALONE: "1"} if alone else {}
         options = ["-p", "compatibility.lightning_plugin", "-p", "no:cacheprovider", "--tb=short"]
         options += ["--timeout", str(self.seconds), "--timeout-method", "thread"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *arguments],
-            cwd=self.tests,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=seconds + 60)
-        except subprocess.TimeoutExpired:
-            _kill(process)
-            output, _ = process.communicate()
-        _kill(process)  # what it started and left
-        return output, process.returncode
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        output = report.with_suffix(".txt")
+        code = run([*options, *arguments], self.tests, environment, output, seconds + 60, ranks=alone)
+        return output.read_text(errors="replace"), code
 
 
 def _kept(tests: Mapping[str, Plan]) -> str:
