@@ -11,9 +11,11 @@ directory of ours that is read as one file is exported first, as `mics export --
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Mapping
 from functools import wraps
 from inspect import signature
@@ -48,6 +50,7 @@ KEPT = "COMPATIBILITY_KEPT"
 ALONE = "COMPATIBILITY_ALONE"
 """Set where a process runs a single test, so that it may start further ones."""
 
+_SECONDS_TO_END = 5.0  # of a thread
 _LIFTED = {"min_cuda_gpus": 0, "bf16_cuda": False, "standalone": False}
 
 
@@ -226,6 +229,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
         message=_watch.message,
     )
     return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """Lightning wants no thread left, and one of ours ends with the module that it is of: have no cycle hold that."""
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("mics-"):
+            thread.join(_SECONDS_TO_END)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
