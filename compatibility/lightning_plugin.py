@@ -176,7 +176,7 @@ def _exported(load: Callable[..., Any]) -> Callable[..., Any]:
             return load(f, *args, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "whole.ckpt")
-            consolidate(f, file, weights_only=False)
+            consolidate(Path(f), file, weights_only=False)
             return load(file, *args, **kwargs)
 
     return loaded
