@@ -12,10 +12,11 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 _FORKS = multiprocessing.get_context("forkserver")
 
@@ -34,7 +35,7 @@ def run(
         ranks: whether it may start further ranks.
 
     Returns:
-        Its exit code; negative if a signal has ended it.
+        Its exit code, or that of the first rank which failed; negative if a signal has ended it.
     """
     _FORKS.set_forkserver_preload(["compatibility.lightning_plugin"])
     process = _FORKS.Process(target=_first, args=(arguments, folder, dict(environment), output, ranks))
@@ -58,7 +59,8 @@ def _first(arguments: list[str], folder: Path, environment: dict[str, str], outp
     sys.argv = ["pytest", *arguments]
     if ranks:
         Rank.server = _serve()
-    sys.exit(_pytest(environment))
+    code = _pytest(environment)
+    sys.exit(code or next(filter(None, [rank.wait() for rank in Rank.started]), 0))
 
 
 def _pytest(environment: Mapping[str, str]) -> int:
@@ -76,15 +78,23 @@ class Rank:
     """One of them, as far as Lightning's launcher asks of a `subprocess.Popen`."""
 
     server: socket.socket | None = None
+    started: ClassVar[list[Rank]] = []
 
     def __init__(self, command: Any, env: Mapping[str, str], cwd: Any = None) -> None:
         self.returncode: int | None = None
         self.pid = int(self._ask(start=dict(env)))
+        self.started.append(self)
 
     def poll(self) -> int | None:
         if self.returncode is None:
             self.returncode = self._ask(ended=self.pid)
         return self.returncode
+
+    def wait(self) -> int:
+        """Its exit code, when it has ended."""
+        while (code := self.poll()) is None:
+            time.sleep(0.05)
+        return code
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

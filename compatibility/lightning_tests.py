@@ -101,6 +101,7 @@ class Runner:
         options = ["-p", "compatibility.lightning_plugin", "-p", "no:cacheprovider", "--tb=short"]
         options += ["--timeout", str(self.seconds), "--timeout-method", "thread"]
         output = report.with_suffix(".txt")
+        output.touch()
         code = run([*options, *arguments], self.tests, environment, output, seconds + 60, ranks=alone)
         return output.read_text(errors="replace"), code
 
@@ -151,7 +152,10 @@ def main(
         runner = Runner(tests, reports, seconds)
         plans = table.plans(runner.collected(files), files)
         with ThreadPoolExecutor(workers) as pool:
-            results = [result for found in pool.map(partial(_file, runner, plans), files) for result in found]
+            results = []
+            for file, found in zip(files, pool.map(partial(_file, runner, plans), files), strict=True):
+                console.print(f"{file}: {len(found)} tests, {sum(each.outcome.wrong for each in found)} of them wrong")
+                results += found
     results += [Result(row, Outcome.GONE, "the table has it, and Lightning has not") for row in table.gone]
     wrong = [result for result in results if result.outcome.wrong]
     for result in wrong if show else ():
