@@ -33,6 +33,7 @@ from lightning_mics.network import Network
 from lightning_mics.offload import Offload, check_scaler, step_on_host
 from lightning_mics.optimizer_shards import OptimizerState, parameter_of
 from lightning_mics.own_loop import Backward, OwnLoop
+from lightning_mics.refusals import check_checkpoint_io
 from lightning_mics.running import RunningMixin, register_in
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.successors import Successors, check_state
@@ -154,6 +155,7 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
 
     @override
     def setup_environment(self) -> None:
+        check_checkpoint_io(self.checkpoint_io)
         super().setup_environment()
         self._set_world_ranks()
         check_scaler(self._offload, getattr(self.precision, "scaler", None))

@@ -49,6 +49,20 @@ def _is_not_ours(base: type) -> bool:
     return base.__module__.split(".")[0] != "lightning_mics"
 
 
+def check_checkpoint_io(checkpoint_io: Any) -> None:
+    """Refuse a plugin that is to write checkpoints.
+
+    Raises:
+        ValueError: naming it, and what to use instead.
+    """
+    if type(checkpoint_io).__name__ != "TorchCheckpointIO":  # what Lightning has where nobody asks
+        raise ValueError(
+            f"plugins={type(checkpoint_io).__name__}: every rank writes its own part of a checkpoint, and no "
+            "CheckpointIO is asked to; leave it out. Under a Trainer, MiCSStrategy(async_save=True) saves beside "
+            "training"
+        )
+
+
 def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
     """Refuse optimizers that cannot step shards.
 

@@ -7,7 +7,7 @@ Lightning names the paths and says what to save and to delete; here is when that
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,10 @@ class SavingMixin(SaverOwner, _Base):
         self.mics.finish_updates()
         self.mics.release()
         if is_remote(where) or Path(where).is_file():
-            rest = SingleFile(where).load(module, self.optimizers if fits else (), weights_only=weights_only)
+            file = SingleFile(where)
+            if fits and self._finetuning:
+                self._group_as_saved(file.read(weights_only))
+            rest = file.load(module, self.optimizers if fits else (), weights_only=weights_only)
             self._place = Place.of(rest) if fits else None
         else:
             checkpoint, rest = self._load_directory(Path(where), module, fits, weights_only)
@@ -171,15 +174,19 @@ class SavingMixin(SaverOwner, _Base):
     def _load_directory(
         self, path: Path, module: Any, fits: bool, weights_only: bool | None
     ) -> tuple[Checkpoint, dict[str, Any]]:
-        load = partial(
-            Checkpoint.load,
-            module=module,
-            optimizers=self.optimizers if fits else (),
-            strict=module.strict_loading,
-            weights_only=weights_only,
-            verify=self._verify,
-            averages=self.averages if fits else None,
-        )
+        def load(checkpoint: Checkpoint) -> dict[str, Any]:
+            if fits and self._finetuning:
+                checkpoint.verify(self._verify, optimizers=True)
+                self._group_as_saved(checkpoint.beside(weights_only))
+            return checkpoint.load(
+                module=module,
+                optimizers=self.optimizers if fits else (),
+                strict=module.strict_loading,
+                weights_only=weights_only,
+                verify=self._verify,
+                averages=self.averages if fits else None,
+            )
+
         checkpoint = Checkpoint(path)
         try:
             return checkpoint, load(checkpoint)
@@ -187,6 +194,24 @@ class SavingMixin(SaverOwner, _Base):
             if not path.stem.startswith(_LAST):
                 raise
             return self._newest_before(path, damaged, load)
+
+    @property
+    def _finetuning(self) -> list[Any]:
+        """Lightning's callbacks that add parameters to optimizers while training."""
+        assert self.lightning_module is not None
+        found: Iterable[Any] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        return [each for each in found if any(base.__name__ == "BaseFinetuning" for base in type(each).__mro__)]
+
+    def _group_as_saved(self, beside: Mapping[str, Any]) -> None:
+        """Have them do so again before optimizer state is loaded.
+
+        Lightning restores callbacks later, where a strategy is restored after its setup.
+        """
+        assert self.lightning_module is not None
+        for callback in self._finetuning:
+            if (state := beside.get("callbacks", {}).get(callback.state_key)) is not None:
+                callback.load_state_dict(state)
+                callback.on_fit_start(self.lightning_module.trainer, self.lightning_module)
 
     def _newest_before(
         self, last: Path, damaged: DamagedCheckpoint, load: Callable[[Checkpoint], dict[str, Any]]

@@ -35,7 +35,7 @@ from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner.plan import Workload
 from lightning_mics.planning import Asked, decide
 from lightning_mics.preemption import Preemption
-from lightning_mics.refusals import check_callbacks, check_not_in_backward, check_optimizers
+from lightning_mics.refusals import check_callbacks, check_checkpoint_io, check_not_in_backward, check_optimizers
 from lightning_mics.running import RunningMixin, register_in
 from lightning_mics.saving import SavingMixin
 from lightning_mics.sharding import MiCSModule
@@ -199,6 +199,7 @@ class MiCSStrategyMixin(SavingMixin, RunningMixin):
 
     @override
     def setup_environment(self) -> None:
+        check_checkpoint_io(self.checkpoint_io)
         if self.lightning_module is not None:
             check_callbacks(self.lightning_module.trainer.callbacks)  # type: ignore[attr-defined]
         super().setup_environment()

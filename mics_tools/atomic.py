@@ -80,7 +80,9 @@ def link(target: Path, path: Path) -> None:
 
 
 def links_to(path: Path) -> list[Path]:
-    """The links beside `path` that lead to it."""
+    """The links beside `path` that lead to it; none where it is a link itself."""
+    if path.is_symlink():
+        return []
     return [other for other in path.parent.glob("*") if other.is_symlink() and other.resolve() == path.resolve()]
 
 

@@ -61,6 +61,10 @@ def _top_k(path: Path) -> None:
     _is(Path(saves.best_model_path).name, "epoch=2.ckpt", "the best")
 
 
+class NamedByEpoch(ModelCheckpoint):
+    CHECKPOINT_NAME_LAST = "last-{epoch}"
+
+
 def _last(path: Path) -> None:
     for kind, directory in ((True, path / "copy"), ("link", path / "link")):
         module = seeded(Monitored)
@@ -76,6 +80,9 @@ def _last(path: Path) -> None:
         assert_same_losses(resumed.losses, whole.losses[-len(resumed.losses) :], f"resumed from a {kind} last")
         _is(len(resumed.losses), 12, "losses of two epochs")
         _is(_names(directory), ["epoch=4.ckpt", "last.ckpt"], f"save_last={kind}, after the resume")
+
+    _run(seeded(Monitored), [NamedByEpoch(path / "named", "{epoch}", save_last="link")], epochs=3)
+    _is(_names(path / "named"), ["epoch=2.ckpt", "last-epoch=2.ckpt"], "a link whose name changes")
 
 
 def _every_n(path: Path) -> None:

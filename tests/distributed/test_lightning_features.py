@@ -317,16 +317,28 @@ def _unfreezes() -> None:
     assert_same_training(modules[0], modules[1], "a backbone unfrozen after sharding")
 
 
-def _optimizers() -> None:
+def _unfreezes_when_resumed(path: Path) -> None:
+    runs = []
+    for epochs, resumed in ((2, None), (3, path)):
+        callback = callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+        runs.append(trainer(mics(), callbacks=[callback], max_epochs=epochs))
+        runs[-1].fit(seeded(Headed), Batches(2), ckpt_path=resumed)
+        runs[-1].save_checkpoint(path)
+    groups = [[len(group["params"]) for group in run.optimizers[0].param_groups] for run in runs]
+    assert groups[0] == groups[1] and len(groups[0]) == 2, groups
+
+
+def _optimizers(path: Path) -> None:
     clipped = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     for name in OPTIMIZERS:
         _as_under_ddp(name, _optimized(name), lambda run, m: run.fit(m, Batches(4)), rtol=1e-5, **clipped)
     _as_under_ddp("low-rank updates of a frozen model", LowRank, max_epochs=2, **clipped)
     _unfreezes()
+    _unfreezes_when_resumed(path / "unfrozen.ckpt")
 
 
-def test_optimizers_and_frozen_parameters() -> None:
-    run_ranks(4, _optimizers)
+def test_optimizers_and_frozen_parameters(tmp_path: Path) -> None:
+    run_ranks(4, _optimizers, tmp_path)
 
 
 class Orthogonal(Toy):
