@@ -1,0 +1,1 @@
+"""Compatibility: other people's tests and scripts, run against this package."""
