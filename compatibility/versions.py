@@ -45,7 +45,7 @@ FOLDER = Path(__file__).parent / "results"
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 FORMAT = 1
 PACKAGES = ("torch", "lightning", "accelerate")
-_TOOLS = ("hypothesis", "pytest", "pytest-timeout", "numpy")
+_TOOLS = ("hypothesis", "numpy", "pytest", "pytest-timeout", "tokenizers", "transformers")
 _LIMIT = 900  # seconds that the tests of a row may take
 
 
@@ -85,8 +85,26 @@ CASES = (
     Case("accelerate-1.14", accelerate="1.14.0"),
 )
 
+# What every layer needs, those places first that `_compat` names.
 TESTS = (
+    "tests/test_layers.py",
+    "tests/test_loaders.py",
+    "tests/test_materialize.py",
     "tests/test_topology.py",
+    "tests/test_fake_world.py::test_traffic_of_512_ranks",
+    "tests/planner/test_activations.py",
+    "tests/distributed/test_blocks_in_step.py::test_every_path_gets_its_gradient[4]",
+    "tests/distributed/test_sums.py::test_what_is_held_whole_is_dropped_or_taken_along_or_reduced_without_a_backward",
+    "tests/distributed/test_precision.py::test_sums_of_16_bit_parameters_are_fp32",
+    "tests/distributed/test_windows.py::test_an_exception_in_mid_window_then_fit_again",
+    "tests/distributed/test_trainer.py::test_fit_validate_test_predict_by_name_and_as_an_instance",
+    "tests/distributed/test_trainer.py::test_the_name_in_pytorch_lightning",
+    "tests/distributed/test_resume.py::test_resume_in_mid_epoch_with_dropout_is_exact",
+    "tests/distributed/test_preemption.py::test_all_ranks_stop_after_the_same_step_whoever_got_the_signal",
+    "tests/distributed/test_fabric.py::test_losses_norms_and_parameters_are_those_of_ddp",
+    "tests/distributed/test_accelerate.py::test_losses_parameters_and_norms_are_those_of_ddp",
+    "tests/distributed/test_accelerate_checkpoints.py::test_resumes_where_it_was_saved_beside_training",
+    "tests/checkpoint/test_directory.py::test_one_replica_is_written_and_shared_among_all_ranks",
 )
 
 
