@@ -23,6 +23,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from compatibility.exchanged import compare_whole, exchange, give_rows
+from compatibility.stand_ins import install
+
 PACKAGE = "accelerate.test_utils.scripts"
 
 
@@ -38,6 +41,7 @@ class Order:
         calls: functions to call, with keyword arguments, in the place of the script's `main`.
         skip: functions to leave out, by their labels.
         stand_ins: whether there are tiny stand-ins for data sets and metrics of a hub.
+        rows: whether the scripts' model has rows to shard, and what they compare is made whole before.
     """
 
     script: str
@@ -47,6 +51,7 @@ class Order:
     calls: tuple[tuple[str, dict[str, Any]], ...] = ()
     skip: tuple[str, ...] = ()
     stand_ins: bool = False
+    rows: bool = False
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -146,13 +151,11 @@ def _said(error: BaseException) -> str:
 def run(order: Order, rank: int) -> None:
     """Run what is ordered. What a function raises ends it."""
     if order.stand_ins:
-        from compatibility.stand_ins import install
-
         install()
     if order.partition_size is not None:
-        from compatibility.exchanged import exchange
-
         exchange(order.partition_size)
+    if order.rows:
+        give_rows()
     notes = Notes(Path(order.report), rank, order.skip)
     name = f"{PACKAGE}.{order.script}"
     sys.argv = [order.script, *order.arguments]
@@ -161,6 +164,8 @@ def run(order: Order, rank: int) -> None:
         notes.run("the script", lambda: runpy.run_module(name, run_name="__main__"))
         return
     module = importlib.import_module(name)
+    if order.rows:
+        compare_whole(module)
     notes.watch(module)
     if not order.calls:
         return _run_main(notes, module)

@@ -5,10 +5,14 @@ What a script imports by that name after `exchange` is ours; the script itself s
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import accelerate
 import torch
+from accelerate import test_utils
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mics.accelerate import MiCSAccelerator
 from lightning_mics.topology import PartitionSize
@@ -32,3 +36,48 @@ def exchange(partition_size: PartitionSize) -> None:
     ExchangedAccelerator.exchanged_partition_size = partition_size
     accelerate.Accelerator = ExchangedAccelerator
     accelerate.accelerator.Accelerator = ExchangedAccelerator
+
+
+# -- a model that has something to shard -------------------------------------------------------------------------------
+
+
+class RowsModel(nn.Module):
+    """In the place of the scripts' own, whose two numbers have no rows and so stay whole on every rank."""
+
+    def __init__(self, a: float = 0, b: float = 0, double_output: bool = False) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.full((4,), float(a)))
+        self.b = nn.Parameter(torch.full((4,), float(b)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.a.mean() + self.b.mean()
+
+
+class WholeTorch(ModuleType):
+    """torch, but for `allclose`, which looks at whole tensors where it is given shards.
+
+    Collective on the partition group; the scripts compare on every rank.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def allclose(self, left: Tensor, right: Tensor, **within: Any) -> bool:
+        return torch.allclose(_whole(left), _whole(right), **within)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def give_rows() -> None:
+    """Let the scripts' model be one with rows wherever it is imported from now on."""
+    test_utils.RegressionModel = RowsModel
+
+
+def compare_whole(script: ModuleType) -> None:
+    """Let a script compare whole tensors."""
+    script.torch = WholeTorch()  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, ParallelismConfig
 from torch import nn
 
 from lightning_mics.accelerate import MiCSAccelerator
@@ -45,6 +45,13 @@ def test_bad_arguments_are_refused_by_name(options: dict[str, Any], says: str) -
     options = {name: value() if isinstance(value, type) else value for name, value in options.items()}
     with pytest.raises((ValueError, TypeError), match=says):
         MiCSAccelerator(cpu=True, **options)
+
+
+def test_a_hook_of_ddps_is_told_to_do_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    MiCSAccelerator(1, cpu=True, kwargs_handlers=[DistributedDataParallelKwargs()])
+    assert not caplog.messages
+    MiCSAccelerator(1, cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(comm_hook="bf16")])
+    assert "comm_hook=bf16 is DDP's, and does nothing here; between_nodes=torch.bfloat16" in caplog.text
 
 
 @pytest.mark.parametrize(
