@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).parent / "results"
 DOCUMENT = ROOT / "docs" / "accelerate-scripts.md"
 FORMAT = 1
-_LIMIT = 240  # seconds that a start may take
+_LIMIT = 120  # seconds that a start may take
 _NOISE = re.compile(r"Connection (closed|reset)|connection was closed|Broken pipe|peer|SIGTERM")
 MODEL = "MODEL"
 
@@ -252,9 +252,18 @@ def _launch(order: Order, processes: int, folder: Path, world_size: int) -> str:
         return f"it was not over after {_LIMIT} s"
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
     return "" if process.returncode == 0 else said.strip()[-2000:]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """With the ranks, each of which torchrun has given a session of its own and ends when it is told to end."""
+    process.terminate()
+    try:
+        process.wait(timeout=40)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def environment(world_size: int) -> dict[str, str]:

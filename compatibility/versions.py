@@ -347,7 +347,7 @@ def main(
         done = run(case, python or [], pip or [])
         results = Results.load(path) if path.exists() else Results(about(), [])
         results.with_row(done).save(path)
-        console.print(case.name, _said(done), done.versions, done.seconds)
+        console.print(f"{case.name}: {_said(done)} {done.versions} {done.seconds}", markup=False)
 
 
 if __name__ == "__main__":
