@@ -57,6 +57,10 @@ class AcceleratorSavingMixin(_Base):
         self._verify = Verify.parse(verify, "verify")
         self._saver: Saver | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled, without what is under way and the process groups that carry it."""
+        return {**self.__dict__, "_saver": None}
+
     @property
     def saver(self) -> Saver:
         """Saves this run's checkpoints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_state_that_cannot_be_sharded_is_refused() -> None:
     optimizer.state[model.weight]["rows"] = torch.zeros(4)
     with pytest.raises(ValueError, match=r"AdamW has state already: rows of a parameter of shape \(4, 4\)"):
         check_state(optimizer)
+
+
+def test_it_is_pickled_as_accelerates_own_is(tmp_path: Path) -> None:
+    accelerator = MiCSAccelerator(1, cpu=True, gradient_accumulation_steps=3)
+    accelerator.save_state(tmp_path / "before")
+    again = pickle.loads(pickle.dumps(accelerator))
+    assert again.topology == accelerator.topology and again.gradient_accumulation_steps == 3
+    assert again.state.__dict__ == accelerator.state.__dict__
+    model = again.prepare(nn.Linear(2, 2))
+    again.save_state(tmp_path / "after")
+    assert [*again.roots()] == [model] and (tmp_path / "after").is_dir()
 
 
 def test_checkpoints_need_a_place() -> None:

@@ -139,6 +139,8 @@ def test_a_failure_has_a_reason_where_it_says_what_the_reason_does(monkeypatch: 
     assert explained("x", "test_b()", refused, ours) is refused
     other = Outcome("fails", "AssertionError")
     assert explained("x", "test_a()", other, ours) is other
+    monkeypatch.setitem(accelerate_scripts.REASONS, "x", (Reason("test_a", "even_batches", "two ranks", to_all=True),))
+    assert explained("x", "test_a()", refused, theirs).result == "two ranks"
 
 
 def test_the_table_numbers_reasons(tmp_path: Path) -> None:
@@ -202,9 +204,7 @@ def test_the_document_has_the_newest_results() -> None:
         (line.script, line.function)
         for line in results.lines
         for setting in SETTINGS
-        if setting.partition_size is not None
-        and (outcome := line.outcomes.get(setting.name)) is not None
-        and outcome.result == "fails"
+        if setting.partition_size is not None and (found := line.under(setting)) is not None and found.result == "fails"
     ]
 
 
