@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).parent / "results"
 DOCUMENT = ROOT / "docs" / "accelerate-scripts.md"
 FORMAT = 1
-_LIMIT = 120  # seconds that a start may take
+_LIMIT = 300  # seconds that a start may take
 _NOISE = re.compile(r"Connection (closed|reset)|connection was closed|Broken pipe|peer|SIGTERM")
 MODEL = "MODEL"
 

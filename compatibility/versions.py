@@ -46,7 +46,7 @@ DOCUMENT = ROOT / "docs" / "compatibility.md"
 FORMAT = 1
 PACKAGES = ("torch", "lightning", "accelerate")
 _TOOLS = ("hypothesis", "numpy", "pytest", "pytest-timeout", "tokenizers", "transformers")
-_LIMIT = 900  # seconds that the tests of a row may take
+_LIMIT = 1500  # seconds that the tests of a row may take
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten  # nested inputs and outputs; torch has no public pytree
+from typing_extensions import override
 
 __all__ = [
     "HAS_RESET_ITER_STATE",
@@ -112,6 +113,7 @@ def reduce_unused_params(root: FSDPModule, enable: bool) -> None:
 class _ReducingUnused(FSDPParamGroup):  # type: ignore[misc]
     """A parameter group before torch 2.13, whose unused parameters have gradients of zeros."""
 
+    @override
     def post_backward(self, *unused: Any) -> None:
         for param in self.fsdp_params if self.reduce_grads else ():
             whole = getattr(param, "_unsharded_param", None)
