@@ -286,6 +286,11 @@ class Results:
         known = [each for each in rows if each.case.name in names]
         return replace(self, rows=sorted(known, key=lambda each: names.index(each.case.name)))
 
+    def every(self) -> list[Row]:
+        """A row for each of `CASES`; those that were not run say so."""
+        found = {row.case.name: row for row in self.rows}
+        return [found.get(case.name) or Row(case, "untested", reason="not run") for case in CASES]
+
 
 def newest(folder: Path = FOLDER) -> Path | None:
     """The file of results of the latest date."""
@@ -339,7 +344,7 @@ def main(
     if table_only:
         if (path := newest()) is None:
             raise typer.BadParameter(f"there are no results in {FOLDER}")
-        documents.write(DOCUMENT, "versions", table(Results.load(path).rows))
+        documents.write(DOCUMENT, "versions", table(Results.load(path).every()))
         return
     cases, console = chosen(row or []), Console()
     path = FOLDER / f"{datetime.now(UTC):%Y-%m-%d}-versions.json"

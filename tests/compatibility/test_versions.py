@@ -62,6 +62,7 @@ def test_rows_go_by_name_and_stay_in_order(tmp_path: Path) -> None:
     path = tmp_path / "2026-01-01-versions.json"
     results.save(path)
     assert Results.load(path) == Results({"date": "2026"}, [again, second])
+    assert [row.reason for row in results.every()] == ["no", "", *["not run"] * (len(CASES) - 2)]
     (tmp_path / "2025-12-31-versions.json").write_text("{}")
     assert newest(tmp_path) == path
 
@@ -105,7 +106,7 @@ def test_every_test_of_a_row_is_there() -> None:
 def test_the_document_has_the_newest_results() -> None:
     path = newest()
     assert path is not None
-    assert documents.between(versions.DOCUMENT.read_text(), "versions") == table(Results.load(path).rows)
+    assert documents.between(versions.DOCUMENT.read_text(), "versions") == table(Results.load(path).every())
 
 
 def test_bounds_are_what_passed() -> None:
