@@ -19,11 +19,12 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compatibility.exchanged import compare_whole, exchange, give_rows
+from compatibility.exchanged import check_exchanged, compare_whole, exchange, give_rows
 from compatibility.stand_ins import install
 
 PACKAGE = "accelerate.test_utils.scripts"
@@ -159,11 +160,12 @@ def run(order: Order, rank: int) -> None:
     notes = Notes(Path(order.report), rank, order.skip)
     name = f"{PACKAGE}.{order.script}"
     sys.argv = [order.script, *order.arguments]
-    source = Path(str(importlib.util.find_spec(name).origin)).read_text()  # type: ignore[union-attr]
-    if "\ndef main(" not in source:
+    if not has_main(name):
         notes.run("the script", lambda: runpy.run_module(name, run_name="__main__"))
         return
-    module = importlib.import_module(name)
+    module = loaded(name)
+    if order.partition_size is not None:
+        check_exchanged(module)
     if order.rows:
         compare_whole(module)
     notes.watch(module)
@@ -171,6 +173,26 @@ def run(order: Order, rank: int) -> None:
         return _run_main(notes, module)
     for function, arguments in order.calls:
         getattr(module, function)(**arguments)
+
+
+def has_main(name: str) -> bool:
+    """Whether a module has a function `main`, and not its code at the end alone."""
+    return "\ndef main(" in Path(str(_spec(name).origin)).read_text()
+
+
+def loaded(name: str) -> ModuleType:
+    """A module executed anew: Accelerate imports some of its scripts itself, before anything can be exchanged."""
+    spec = _spec(name)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
+    return module
+
+
+def _spec(name: str) -> ModuleSpec:
+    if (spec := importlib.util.find_spec(name)) is None:
+        raise ValueError(f"the installed Accelerate has no {name}")
+    return spec
 
 
 def _run_main(notes: Notes, module: ModuleType) -> None:

@@ -38,6 +38,14 @@ def exchange(partition_size: PartitionSize) -> None:
     accelerate.accelerator.Accelerator = ExchangedAccelerator
 
 
+def check_exchanged(script: ModuleType) -> None:
+    """Raises:
+    RuntimeError: if a script has come by Accelerate's own class, whose tests would say nothing of ours.
+    """
+    if getattr(script, "Accelerator", ExchangedAccelerator) is not ExchangedAccelerator:
+        raise RuntimeError(f"{script.__name__} has another Accelerator than {ExchangedAccelerator.__name__}")
+
+
 # -- a model that has something to shard -------------------------------------------------------------------------------
 
 

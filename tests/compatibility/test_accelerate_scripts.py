@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ import typer
 from accelerate.test_utils import scripts as accelerates
 
 from compatibility import accelerate_scripts, documents, exchanged
-from compatibility.accelerate_rank import Notes, Order, label
+from compatibility.accelerate_rank import Notes, Order, label, loaded
 from compatibility.accelerate_scripts import (
     SCRIPTS,
     SETTINGS,
@@ -168,14 +169,26 @@ def test_every_script_that_is_installed_is_named() -> None:
     assert [each.name for each in chosen(["test_metrics"])] == ["external_deps.test_metrics"]
 
 
-def test_the_class_is_exchanged_wherever_scripts_import_it_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (accelerate, accelerate.accelerator):
-        monkeypatch.setattr(module, "Accelerator", accelerate.Accelerator)
+@pytest.mark.parametrize("name", ["test_script", "test_sync", "external_deps.test_metrics"])
+def test_the_class_is_exchanged_wherever_scripts_import_it_from(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Accelerate imports the first two itself, with its own class."""
+    for module, attribute in (
+        (accelerate, "Accelerator"),
+        (accelerate.accelerator, "Accelerator"),
+        (accelerate.test_utils, "RegressionModel"),
+    ):
+        monkeypatch.setattr(module, attribute, getattr(module, attribute))
+    monkeypatch.setitem(sys.modules, "evaluate", ModuleType("evaluate"))
+    whole = f"accelerate.test_utils.scripts.{name}"
+    monkeypatch.setitem(sys.modules, whole, ModuleType(whole))
+    before = loaded(whole)
+    with pytest.raises(RuntimeError, match="has another Accelerator than ExchangedAccelerator"):
+        exchanged.check_exchanged(before)
     exchanged.exchange(1)
-    from accelerate import Accelerator
-    from accelerate.accelerator import Accelerator as Same
-
-    assert Accelerator is Same is exchanged.ExchangedAccelerator
+    exchanged.give_rows()
+    after = loaded(whole)
+    exchanged.check_exchanged(after)
+    assert after.Accelerator is exchanged.ExchangedAccelerator and after.RegressionModel is exchanged.RowsModel
 
 
 def test_a_script_compares_as_torch_does() -> None:
