@@ -220,7 +220,8 @@ def _copy(folder: Path) -> Path:
 
 def _tested(row: Row, environment: Environment, source: Path) -> Row:
     report, began = source / "report.xml", time.monotonic()
-    command = [environment.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
+    options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}")
+    command = [str(environment.python), "-m", "pytest", *options, *TESTS]
     try:
         done = subprocess.run(
             command, cwd=source, env=without_ours(os.environ), capture_output=True, text=True, timeout=_LIMIT

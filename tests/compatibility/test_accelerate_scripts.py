@@ -180,7 +180,7 @@ def test_the_class_is_exchanged_wherever_scripts_import_it_from(monkeypatch: pyt
         monkeypatch.setattr(module, attribute, getattr(module, attribute))
     monkeypatch.setitem(sys.modules, "evaluate", ModuleType("evaluate"))
     whole = f"accelerate.test_utils.scripts.{name}"
-    monkeypatch.setitem(sys.modules, whole, ModuleType(whole))
+    monkeypatch.delitem(sys.modules, whole, raising=False)
     before = loaded(whole)
     with pytest.raises(RuntimeError, match="has another Accelerator than ExchangedAccelerator"):
         exchanged.check_exchanged(before)
