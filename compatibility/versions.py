@@ -116,7 +116,7 @@ class Row:
         case: what was asked for.
         versions: what was installed, by name.
         result: "passes", "fails" or "untested".
-        reason: why it is untested.
+        reason: why it is untested: its environment cannot be made, or the machine is too busy.
         failed: the tests that failed.
         passed: how many passed.
         claimed: whether the package's own bounds admit these versions.
@@ -227,7 +227,7 @@ def _tested(row: Row, environment: Environment, source: Path) -> Row:
             command, cwd=source, env=without_ours(os.environ), capture_output=True, text=True, timeout=_LIMIT
         )
     except subprocess.TimeoutExpired:
-        return replace(row, result="fails", failed=[f"the tests were not over after {_LIMIT} s"])
+        return replace(row, result="untested", reason=f"its tests were not over after {_LIMIT} s")
     row = replace(row, seconds=[*row.seconds, round(time.monotonic() - began, 1)])
     if not report.exists():
         return replace(row, result="fails", failed=[last_line(done.stderr or done.stdout)])
