@@ -120,8 +120,8 @@ SCRIPTS = (
     Script("test_cli", settings=_ANY),
     Script(
         "test_ddp_comm_hook",
-        why_not="it compares with a DDP of its own, made for GPUs by device_ids. A hook of DDP's does nothing here, which is "
-        "said; between_nodes=torch.bfloat16 does instead",
+        why_not="it compares with a DDP of its own, made for GPUs by device_ids. A hook of DDP's does nothing here, "
+        "which is said; between_nodes=torch.bfloat16 does instead",
     ),
     Script("test_merge_weights"),
     Script("test_notebook", alone=True, settings=_ANY),
