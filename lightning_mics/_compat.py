@@ -7,6 +7,7 @@ test would notice if it moved.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,8 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten  # nested inputs and outputs; torch has no public pytree
+from typing_extensions import override
 
 __all__ = [
     "HAS_RESET_ITER_STATE",
@@ -56,6 +59,7 @@ __all__ = [
     "script_launcher",
     "set_received_sigterm",
     "steps_in_backward",
+    "takes_scheduler",
     "train_loader",
     "tree_flatten",
     "tree_unflatten",
@@ -76,7 +80,7 @@ class Prepared:
     before_load: tuple[Callable[..., None], ...]
 
 
-# Older spellings keep torch 2.11 working; 2.13 is the floor that is tested.
+# What torch 2.13 has and 2.11 has not.
 HAS_UNUSED_PARAMS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 HAS_RESET_ITER_STATE = hasattr(FSDPModule, "reset_iter_state")
 
@@ -97,20 +101,70 @@ def in_backward() -> bool:
 def reduce_unused_params(root: FSDPModule, enable: bool) -> None:
     """Whether a parameter without a gradient takes part in hop 1 with zeros, so that no rank waits for another.
 
-    torch 2.13 has a switch; torch 2.11 does not, and there a block must use all its parameters on every rank.
+    torch 2.13 has a switch. Before, its parameter groups are told here to do what that one does.
     Test: tests/distributed/test_blocks_in_step.py.
     """
     if HAS_UNUSED_PARAMS:
         root.set_reduce_scatter_unused_params(enable)
+        return
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            for group in _groups_of(module._get_fsdp_state()):
+                group.__class__ = _ReducingUnused if enable else FSDPParamGroup
+
+
+class _ReducingUnused(FSDPParamGroup):  # type: ignore[misc]
+    """A parameter group before torch 2.13, whose unused parameters have gradients of zeros."""
+
+    @override
+    def post_backward(self, *unused: Any) -> None:
+        for param in self.fsdp_params if self.reduce_grads else ():
+            whole = getattr(param, "_unsharded_param", None)
+            if whole is None or not whole.requires_grad:
+                continue
+            if whole.grad is None and param.unsharded_accumulated_grad is None:
+                whole.grad = torch.zeros_like(whole)
+        super().post_backward(*unused)
 
 
 def reset_iter_state(root: FSDPModule) -> None:
-    """Make FSDP2 forget a forward or backward that raised. torch 2.11 cannot; there the module must be built anew.
+    """Make FSDP2 forget a forward or backward that raised.
 
-    Test: tests/distributed/test_windows.py.
+    torch 2.13 has a method. Before, what that one does is done here. Test: tests/distributed/test_windows.py.
     """
     if HAS_RESET_ITER_STATE:
         root.reset_iter_state()
+        return
+    state = root._get_fsdp_state()
+    _forget_collectives(state)
+    for group in _parameter_groups(root):
+        group.finalize_backward()
+        if (event := group._reshard_after_forward_event) is not None:
+            group._wait_all_gather_streams_on_event(event)
+        group._reshard_after_forward_event = group._partial_reduce_output = None
+        group._training_state = type(group._training_state).IDLE
+        group._to_sharded()
+    for each in state._state_ctx.all_states:
+        each._modules_to_run_forward.clear()
+        each._training_state = type(each._training_state).IDLE
+    state._state_ctx.iter_forward_root = None
+    state._state_ctx.post_backward_final_callback_queued = False
+
+
+def _forget_collectives(state: Any) -> None:
+    """Those under way between parameter groups; torch 2.11 keeps one reduce-scatter, 2.12 a list."""
+    comms = state._comm_ctx
+    several = hasattr(comms, "reduce_scatter_states")
+    pending = [comms.all_gather_state, *(comms.reduce_scatter_states if several else [comms.reduce_scatter_state])]
+    for each in pending:
+        if each is not None and each.event is not None:
+            state._device_handle.current_stream().wait_event(each.event)
+    comms.all_gather_state = None
+    if several:
+        comms.reduce_scatter_states.clear()
+    else:
+        comms.reduce_scatter_state = None
+    comms.post_forward_order.clear()
 
 
 def reduce_held_gradients(root: FSDPModule) -> None:
@@ -141,10 +195,13 @@ def forget_held_gradients(root: FSDPModule, params: Iterable[nn.Parameter] | Non
 
 
 def _parameter_groups(root: FSDPModule) -> list[Any]:
-    """FSDP2's, in the order of execution; torch 2.11 has one a module."""
-    groups: list[Any] = []
-    for state in root._get_fsdp_state()._state_ctx.all_states:
-        groups += state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    """FSDP2's, in the order of execution."""
+    return [group for state in root._get_fsdp_state()._state_ctx.all_states for group in _groups_of(state)]
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """Those of a module; torch 2.11 has one a module."""
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     return [group for group in groups if group is not None]
 
 
@@ -295,6 +352,14 @@ def quantized_state(optimizer: Any, param: Tensor, field: str) -> Tensor | None:
         return None
     made: Tensor = optimizer._new_buffer(param, field == "exp_avg")
     return made
+
+
+def takes_scheduler(setup: Callable[..., Any]) -> bool:
+    """Whether Fabric hands a strategy's `setup_module_and_optimizers` a scheduler, and takes it back: from 2.6.
+
+    Test: tests/distributed/test_fabric.py.
+    """
+    return "scheduler" in inspect.signature(setup).parameters
 
 
 def prepared(accelerator: Any) -> Prepared:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import TorchDynamoPlugin, is_compiled_module
+from accelerate.utils import DDPCommunicationHookType, TorchDynamoPlugin, is_compiled_module
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -150,6 +150,11 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         self._topology = topology_of(until_planned, ranks_per_node, self.num_processes)
         if self.mixed_precision == "fp16" and not self.native_amp:
             log.warning('mixed_precision="fp16" computes in fp32 on CPU, as in Accelerate; choose "bf16"')
+        if self.ddp_handler is not None and self.ddp_handler.comm_hook != DDPCommunicationHookType.NO:
+            log.warning(
+                f"comm_hook={self.ddp_handler.comm_hook} is DDP's, and does nothing here; "
+                "between_nodes=torch.bfloat16 sends 16 bits between nodes"
+            )
         if async_save:
             atexit.register(self.saver.wait)
 

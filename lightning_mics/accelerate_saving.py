@@ -45,6 +45,10 @@ log = get_logger(__name__)
 class AcceleratorSavingMixin(SaverOwner, _Base):
     """Checkpoints of a sharded run; see `MiCSAccelerator` for the arguments."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled, without what is under way and the process groups that carry it."""
+        return {**self.__dict__, "_saver": None}
+
     def wait_for_save(self) -> None:
         """Return when no save is under way.
 

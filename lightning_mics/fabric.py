@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
+from lightning_mics._compat import takes_scheduler
 from lightning_mics.arguments import check_writers
 from lightning_mics.blocks import BlockChoice
 from lightning_mics.checkpoint import Verify, Writers
@@ -194,7 +195,7 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
     @override
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
-    ) -> tuple[MiCSModule, list[Optimizer], Any]:
+    ) -> tuple[Any, ...]:
         """The same, and the optimizers go on with the shards; they were made of the whole parameters.
 
         Raises:
@@ -207,7 +208,8 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
             check_state(optimizer)
         with self._successors.sharding(module, optimizers):
             root = self._sharded(module, self.precision, one_backward=True)
-        return self._known(root), [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+        known = self._known(root), [self.setup_optimizer(optimizer) for optimizer in optimizers]
+        return (*known, scheduler) if takes_scheduler(ParallelStrategy.setup_module_and_optimizers) else known
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:

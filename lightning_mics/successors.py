@@ -20,6 +20,10 @@ class Successors:
     def __init__(self) -> None:
         self._of: Any = WeakIdKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[Successors], tuple[()]]:
+        """Pickled, none: parameters of another process are others."""
+        return Successors, ()
+
     @contextmanager
     def sharding(self, module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[None]:
         """Around the sharding of `module`, whose parameters get successors.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, ParallelismConfig
 from torch import nn
 
 from lightning_mics.accelerate import MiCSAccelerator
@@ -46,6 +47,13 @@ def test_bad_arguments_are_refused_by_name(options: dict[str, Any], says: str) -
         MiCSAccelerator(cpu=True, **options)
 
 
+def test_a_hook_of_ddps_is_told_to_do_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    MiCSAccelerator(1, cpu=True, kwargs_handlers=[DistributedDataParallelKwargs()])
+    assert not caplog.messages
+    MiCSAccelerator(1, cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(comm_hook="bf16")])
+    assert "comm_hook=bf16 is DDP's, and does nothing here; between_nodes=torch.bfloat16" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
@@ -71,6 +79,17 @@ def test_state_that_cannot_be_sharded_is_refused() -> None:
     optimizer.state[model.weight]["rows"] = torch.zeros(4)
     with pytest.raises(ValueError, match=r"AdamW has state already: rows of a parameter of shape \(4, 4\)"):
         check_state(optimizer)
+
+
+def test_it_is_pickled_as_accelerates_own_is(tmp_path: Path) -> None:
+    accelerator = MiCSAccelerator(1, cpu=True, gradient_accumulation_steps=3)
+    accelerator.save_state(tmp_path / "before")
+    again = pickle.loads(pickle.dumps(accelerator))
+    assert again.topology == accelerator.topology and again.gradient_accumulation_steps == 3
+    assert again.state.__dict__ == accelerator.state.__dict__
+    model = again.prepare(nn.Linear(2, 2))
+    again.save_state(tmp_path / "after")
+    assert [*again.roots()] == [model] and (tmp_path / "after").is_dir()
 
 
 def test_checkpoints_need_a_place() -> None:

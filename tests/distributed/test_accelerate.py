@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,14 +16,14 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import Tensor, nn
 
+from compatibility.accelerate_rank import Order
+from compatibility.accelerate_scripts import environment, read
 from tests.distributed.accelerating import Net, data, launched, ours, parameters, theirs
 from tests.distributed.counting import collectives
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import assert_close, assert_same_losses
 from tests.ports import reserved_port
 from tests.raising import raised
-
-ROOT = Path(__file__).resolve().parents[2]
 
 Run = tuple[list[float], dict[str, Tensor]]
 mse = nn.functional.mse_loss
@@ -443,12 +442,16 @@ main_process_port: {port}
 @pytest.mark.slow
 def test_accelerates_own_script_as_accelerate_launches_it(tmp_path: Path) -> None:
     """Its launcher starts several processes without MPI for GPUs only, and they train on CPUs when told so."""
-    script = Path(__file__).with_name("accelerate_self_test.py")
+    order = Order("test_script", report=str(tmp_path), partition_size=2).dump()
     with reserved_port() as port:
         (tmp_path / "config.yaml").write_text(CONFIGURATION.format(port=port))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config.yaml", str(script), "2"]
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config.yaml"]
+        command = [*launch, "--module", "compatibility.accelerate_rank", order]
+        env = environment(world_size=2)
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for part in ("Training yielded the same results", "BF16 training check", "Breakpoint trigger test"):
         assert part in done.stdout
+    found = read(tmp_path, "")
+    assert "training_check(use_seedable_sampler=True)" in found
+    assert {outcome.result for outcome in found.values()} == {"passes"}
