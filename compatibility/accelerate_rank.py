@@ -61,7 +61,8 @@ class Order:
     def parse(cls, text: str) -> Order:
         given = json.loads(text)
         calls = tuple((name, arguments) for name, arguments in given.pop("calls"))
-        return cls(calls=calls, **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+        rest: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        return cls(calls=calls, **rest)
 
 
 class Notes:

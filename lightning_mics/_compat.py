@@ -98,7 +98,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def reduce_unused_params(root: FSDPModule, enable: bool) -> None:
+def reduce_unused_params(root: Any, enable: bool) -> None:
     """Whether a parameter without a gradient takes part in hop 1 with zeros, so that no rank waits for another.
 
     torch 2.13 has a switch. Before, its parameter groups are told here to do what that one does.
