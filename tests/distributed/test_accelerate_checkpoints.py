@@ -45,12 +45,12 @@ class Run:
         torch.manual_seed(11 + dist.get_rank())
         self.counter = Counter()
         self.model, self.optimizer, self.loader, self.scheduler = accelerator.prepare(
-            model, optimizer, data(32 * dist.get_world_size(), shuffle=True), scheduler
+            model, optimizer, data(16 * dist.get_world_size(), shuffle=True), scheduler
         )
         accelerator.register_for_checkpointing(self.counter)
         self.losses: list[float] = []
 
-    def epoch(self, first: int = 0, last: int = 16) -> None:
+    def epoch(self, first: int = 0, last: int = 8) -> None:
         accelerator = self.accelerator
         loader = accelerator.skip_first_batches(self.loader, first) if first else self.loader
         for number, (x, y) in enumerate(loader, first):
@@ -76,16 +76,16 @@ def _resumes(folder: str) -> None:
     with launched():
         run = Run(seeded(2, async_save=True))
         run.epoch()
-        run.epoch(last=8)
+        run.epoch(last=4)
         run.accelerator.save_state(f"{folder}/state")
-        run.epoch(first=8)
-        expected, whole = run.losses[24:], parameters(run.accelerator, run.model)
+        run.epoch(first=4)
+        expected, whole = run.losses[12:], parameters(run.accelerator, run.model)
         run.accelerator.wait_for_save()
         for p in (2, 1, 4):
             resumed = Run(seeded(p))
             resumed.accelerator.load_state(f"{folder}/state")
-            assert (resumed.counter.count, resumed.loader.iteration, resumed.optimizer.steps) == (24, 1, 6)
-            resumed.epoch(first=8)
+            assert (resumed.counter.count, resumed.loader.iteration, resumed.optimizer.steps) == (12, 1, 3)
+            resumed.epoch(first=4)
             exact = {"rtol": 0.0} if p == 2 else {"rtol": 1e-5}
             assert_same_losses(resumed.losses, expected, f"resumed with p = {p}", **exact)
             assert_close(parameters(resumed.accelerator, resumed.model), whole, f"p = {p}", 0.0 if p == 2 else 1e-5)
@@ -96,7 +96,7 @@ def _on_two_ranks(folder: str) -> None:
         run = Run(seeded(1))
         run.accelerator.load_state(f"{folder}/state")
         run.accelerator.save_state(f"{folder}/again")
-        assert run.optimizer.steps == 6
+        assert run.optimizer.steps == 3
         for name in ("state", "again") if run.accelerator.is_main_process else ():
             consolidate(f"{folder}/{name}", f"{folder}/whole.pt")
             state = torch.load(f"{folder}/whole.pt")["state_dict"]

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
@@ -213,7 +212,6 @@ def by_fewer(folder: str) -> None:
     assert_close(parameters(model.module), saved, "loaded by two ranks")
 
 
-@pytest.mark.slow
 def test_checkpoints_go_on_at_any_size(tmp_path: Path) -> None:
     run_ranks(RANKS, everything, str(tmp_path))
     run_ranks(2, by_fewer, str(tmp_path))

@@ -34,10 +34,8 @@ WAYS = {
 HARD = (
     "t5",
     "mixtral",
-    "scalar parameters",
     "shared across blocks",
     "control flow differs",
-    "a block twice",
     "experts without a token",
 )
 

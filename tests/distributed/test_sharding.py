@@ -24,7 +24,7 @@ from lightning_mics.sharding import shard
 from lightning_mics.topology import Topology
 from tests.distributed.counting import collectives
 from tests.distributed.ranks import run_ranks
-from tests.distributed.toys import whole
+from tests.distributed.toys import whole, wholes
 
 VOCAB, SEQ, WIDTH = 64, 8, 16
 
@@ -91,7 +91,7 @@ def groups_of(partition_size: int) -> Groups:
 def digests(module: nn.Module) -> dict[str, str]:
     """Of every whole parameter and buffer, bit for bit."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {n: hashlib.sha1(whole(t).contiguous().numpy().tobytes()).hexdigest() for n, t in tensors}
+    return {n: hashlib.sha1(t.contiguous().numpy().tobytes()).hexdigest() for n, t in wholes(dict(tensors)).items()}
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from lightning_mics import MiCSStrategy
 from recipes.data import TextDataModule
 from recipes.models import LanguageModel
 from tests.recipes.composing import CONF, ROOT, composed, options
+from tests.recipes.jobs import shown_by
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "experiment")
 OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
@@ -30,11 +31,6 @@ def targets(node: Any) -> Iterator[DictConfig]:
         for key in node:
             if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
                 yield from targets(node[key])
-
-
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "recipes" / "train.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
 def test_the_groups_are_those_of_the_defaults() -> None:
@@ -124,24 +120,22 @@ def instantiate_small() -> Any:
 
 
 def test_help_lists_groups_and_examples(tmp_path: Path) -> None:
-    answer = run("--help", cwd=tmp_path)
-    assert answer.returncode == 0
-    assert "python recipes/train.py experiment=smoke" in answer.stdout
+    shown = shown_by(1, "train.py", ["--help"], tmp_path)
+    assert "python recipes/train.py experiment=smoke" in shown
     for group in GROUPS:
-        assert f"{group}: {', '.join(options(group))}" in answer.stdout
+        assert f"{group}: {', '.join(options(group))}" in shown
     assert not any(tmp_path.iterdir())
 
 
 def test_cfg_job_prints_the_configuration_and_runs_nothing(tmp_path: Path) -> None:
-    answer = run("--cfg", "job", "model=bert_10b", cwd=tmp_path)
-    assert answer.returncode == 0
-    printed = OmegaConf.create(answer.stdout)
+    printed = OmegaConf.create(shown_by(1, "train.py", ["--cfg", "job", "model=bert_10b"], tmp_path))
     assert (printed.model.config.hidden_size, printed.model.config.num_hidden_layers) == (2560, 127)
     assert not any(tmp_path.iterdir())
 
 
 def test_sweep_under_lightnings_launcher_starts_no_process(tmp_path: Path) -> None:
-    answer = run("--multirun", "seed=1,2", cwd=tmp_path)
+    command = [sys.executable, str(ROOT / "recipes" / "train.py"), "--multirun", "seed=1,2"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert answer.returncode == 1
     assert "--multirun cannot be used with trainer.devices=4 under Lightning's launcher" in answer.stderr
     assert "Traceback" not in answer.stderr

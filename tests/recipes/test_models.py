@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -69,6 +69,7 @@ SHAPES = {
 }
 
 
+@cache
 def on_meta(name: str) -> nn.Module:
     model: LanguageModel = instantiate(composed(f"model={name}").model, _convert_="all")
     with torch.device("meta"):
