@@ -401,6 +401,11 @@ class Results:
         kept = [*(line for line in self.lines if line.script != script), *lines]
         return replace(self, lines=sorted(kept, key=lambda line: names.index(line.script)))
 
+    def every(self) -> list[Line]:
+        """Of each script; those that were not run say so."""
+        found = {each.title: [line for line in self.lines if line.script == each.title] for each in SCRIPTS}
+        return [line for title, lines in found.items() for line in lines or [Line(title, why_not="it was not run")]]
+
 
 def _line(content: dict[str, Any]) -> Line:
     outcomes = {name: Outcome(**outcome) for name, outcome in content.pop("outcomes").items()}
@@ -480,7 +485,7 @@ def main(
     if table_only:
         if (path := newest()) is None:
             raise typer.BadParameter(f"there are no results in {FOLDER}")
-        documents.write(DOCUMENT, "scripts", table(Results.load(path).lines))
+        documents.write(DOCUMENT, "scripts", table(Results.load(path).every()))
         return
     path, console = FOLDER / f"{datetime.now(UTC):%Y-%m-%d}-accelerate-scripts.json", Console()
     with tempfile.TemporaryDirectory(prefix="mics-model-") as folder:

@@ -116,10 +116,10 @@ class Row:
         case: what was asked for.
         versions: what was installed, by name.
         result: "passes", "fails" or "untested".
-        reason: why it is untested: its environment cannot be made, or the machine is too busy.
+        reason: why it is untested: its environment cannot be made, or the machine is too busy; of one that fails, what
+            has been done since.
         failed: the tests that failed.
         passed: how many passed.
-        claimed: whether the package's own bounds admit these versions.
         seconds: of making the environment, and of the tests.
         date, commit: of the run.
     """
@@ -130,10 +130,14 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     passed: int = 0
-    claimed: bool | None = None
     seconds: list[float] = field(default_factory=list)
     date: str = ""
     commit: str = ""
+
+    @property
+    def claimed(self) -> bool | None:
+        """Whether the package's bounds, as they are now, admit these versions; None where there are none."""
+        return Claims.read().admit(self.case.python, self.versions) if self.versions else None
 
 
 # -- what the package asks for -----------------------------------------------------------------------------------------
@@ -186,7 +190,6 @@ def run(case: Case, pythons: Sequence[Path] = (), options: Sequence[str] = ()) -
         row = replace(
             row,
             versions={name: found[name] for name in PACKAGES},
-            claimed=Claims.read().admit(case.python, found),
             seconds=[round(time.monotonic() - began, 1)],
         )
         return _tested(row, environment, source)
@@ -316,7 +319,8 @@ def _said(row: Row) -> str:
         return f"untested: {row.reason}"
     if row.result == "passes":
         return f"passes ({row.passed} tests)"
-    return f"fails: {', '.join(f'`{name}`' for name in row.failed[:3])}" + (", ..." if len(row.failed) > 3 else "")
+    failed = [f"`{name.rpartition('::')[2]}`" for name in row.failed[:3]] + ["..."] * (len(row.failed) > 3)
+    return f"fails: {', '.join(failed)}" + (f"; {row.reason}" if row.reason else "")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

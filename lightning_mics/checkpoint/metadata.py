@@ -46,6 +46,8 @@ _RECORDS = {
     "pathlib": ("Path", "PosixPath", "PurePath", "PurePosixPath"),
 }
 
+_ELSEWHERE = {"pathlib._local": "pathlib"}  # as Python 3.13 alone calls it
+
 
 def metadata_of(
     tensors: Mapping[str, tuple[torch.dtype, torch.Size]], written: Iterable[tuple[WriteResult, torch.Size]]
@@ -126,6 +128,7 @@ class _Planner(DefaultLoadPlanner):
 
 class _Records(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = _ELSEWHERE.get(module, module)
         found = super().find_class(module, name) if _is_a_record(module, name) else None
         if found is None:
             raise pickle.UnpicklingError(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from lightning_mics import consolidate
 from lightning_mics.checkpoint import Checkpoint
+from lightning_mics.checkpoint.metadata import Reader
 from mics_tools.manifest import NAME, Manifest, file_as_written
 from tests.checkpoint.saved import dump, made, save
 from tests.distributed.ranks import run_ranks
@@ -138,3 +140,15 @@ def test_what_is_not_plain_data_is_told_at_the_save_and_needs_to_be_asked_for(tm
     consolidate(path, tmp_path / "file.ckpt", weights_only=False)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "file.ckpt", weights_only=True)
+
+
+def test_an_index_that_python_3_13_wrote_is_read(hostile: Path) -> None:
+    """There alone the classes of paths have another home."""
+    index = pickle.loads((hostile / ".metadata").read_bytes())
+    index.storage_meta = StorageMeta(checkpoint_id=PurePosixPath("elsewhere"))
+    names = (b"cpathlib._local\n", b"cpathlib\n")
+    written = pickle.dumps(index, protocol=2)  # names are lines in it
+    here, there = names if names[0] in written else names[::-1]
+    (hostile / ".metadata").write_bytes(written.replace(here, there))
+    assert there in (hostile / ".metadata").read_bytes()
+    assert Reader(hostile).read_metadata().storage_meta.checkpoint_id == PurePosixPath("elsewhere")

@@ -158,6 +158,7 @@ def test_the_table_numbers_reasons(tmp_path: Path) -> None:
     assert last[-2:] == ["1. no", "2. why"]
     Results({"date": ""}, lines[:1]).save(tmp_path / "r.json")
     assert Results.load(tmp_path / "r.json").lines == lines[:1]
+    assert Line("test_sync", why_not="it was not run") in Results({}, lines[:1]).every()
 
 
 def test_every_script_that_is_installed_is_named() -> None:
@@ -211,8 +212,8 @@ def test_the_document_has_the_newest_results() -> None:
     path = newest()
     assert path is not None
     results = Results.load(path)
-    assert documents.between(accelerate_scripts.DOCUMENT.read_text(), "scripts") == table(results.lines)
-    assert {line.script for line in results.lines} == {each.title for each in SCRIPTS}
+    assert documents.between(accelerate_scripts.DOCUMENT.read_text(), "scripts") == table(results.every())
+    assert {line.script for line in results.every()} == {each.title for each in SCRIPTS}
     assert not [
         (line.script, line.function)
         for line in results.lines
