@@ -102,8 +102,11 @@ class SavingMixin(SaverOwner, _Base):
         """Lightning deletes before it links: what a link names stays until the link has moved."""
         if atomic.links_to(path):
             self._still_named.append(path)
-        else:
-            Checkpoint(path).remove()
+            return
+        names_another = path.is_symlink()
+        Checkpoint(path).remove()
+        if names_another:
+            self._remove_unnamed()
 
     def _take_over_links(self, callbacks: list[Any]) -> None:
         """`ModelCheckpoint(save_last="link")` moves its link in one move, when what it names is there."""
@@ -119,6 +122,9 @@ class SavingMixin(SaverOwner, _Base):
     def _move_link(self, path: Path, link: Path) -> None:
         if path != link:
             atomic.link(path, link)
+        self._remove_unnamed()
+
+    def _remove_unnamed(self) -> None:
         waiting, self._still_named = self._still_named, []
         for former in waiting:
             self._remove(former)
