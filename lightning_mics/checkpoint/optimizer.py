@@ -22,6 +22,8 @@ from lightning_mics.optimizer_shards import parameter_of
 
 StateByName = dict[str, Any]
 
+_NOTHING: StateByName = {"state": {}, "param_groups": []}
+
 
 def optimizer_state_by_name(module: nn.Module, optimizer: Optimizer) -> StateByName:
     """The optimizer's state dict, with parameter names for indices.
@@ -30,7 +32,8 @@ def optimizer_state_by_name(module: nn.Module, optimizer: Optimizer) -> StateByN
         "state": for each name a dict of tensors (DTensors where the parameter's shape is kept; of those that an
         optimizer keeps in fewer bits, the values) and values; "param_groups": each with the names in its "params".
     """
-    named = name_parameters(module, optimizer, optimizer.state_dict())
+    state = optimizer.state_dict() or _NOTHING  # where Lightning has none, its stand-in says less than any other
+    named = name_parameters(module, optimizer, state)
     state = {name: {key: _values(value) for key, value in each.items()} for name, each in named["state"].items()}
     return {**named, "state": state}
 

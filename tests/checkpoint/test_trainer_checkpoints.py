@@ -187,6 +187,21 @@ class Foreign(Toy):
         self.mine = checkpoint["mine"]
 
 
+class WithoutOptimizer(Toy):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def _without_optimizer(path: Path) -> None:
+    saved = seeded(WithoutOptimizer)
+    run = _run(saved, [ModelCheckpoint(path, "{epoch}")])
+    dist.barrier()
+    taken = seeded(WithoutOptimizer, 5)
+    resumed = _run(taken, [], path / "epoch=0.ckpt", epochs=2)
+    _is((resumed.current_epoch, resumed.global_step), (2, 2 * run.global_step), "epochs and steps")
+    assert_close(parameters(taken), parameters(saved), "as they were", atol=0)
+
+
 def _hooks(path: Path) -> None:
     module = seeded(Foreign)
     _run(module, []).save_checkpoint(path / "hooks.ckpt")
@@ -214,6 +229,10 @@ def test_validate_test_and_predict_from_a_checkpoint_at_other_partition_sizes(tm
 
 def test_fit_evaluate_and_fit_again_with_one_trainer(tmp_path: Path) -> None:
     run_ranks(2, _fit_after, tmp_path)
+
+
+def test_a_fit_without_an_optimizer_is_saved_and_resumed(tmp_path: Path) -> None:
+    run_ranks(2, _without_optimizer, tmp_path)
 
 
 def test_hooks_of_the_module_change_what_is_saved(tmp_path: Path) -> None:
