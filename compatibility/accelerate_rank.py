@@ -59,10 +59,10 @@ class Order:
 
     @classmethod
     def parse(cls, text: str) -> Order:
-        given = json.loads(text)
-        calls = tuple((name, arguments) for name, arguments in given.pop("calls"))
-        rest: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-        return cls(calls=calls, **rest)
+        given: dict[str, Any] = json.loads(text)
+        given["calls"] = [(name, arguments) for name, arguments in given["calls"]]
+        plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        return cls(**plain)
 
 
 class Notes:
