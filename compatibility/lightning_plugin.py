@@ -39,16 +39,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from compatibility import lightning_counterparts as counterparts
-from compatibility.lightning_processes import Rank
+from compatibility.lightning_processes import ALONE, KEPT, REPORT, Rank
 from lightning_mics import MiCSFabricStrategy, MiCSStrategy, consolidate
 from lightning_mics.checkpoint import number_parameters
-
-REPORT = "COMPATIBILITY_REPORT"
-"""Names the file that gets a line of JSON for each event."""
-KEPT = "COMPATIBILITY_KEPT"
-"""JSON: by test, the strategies' names that stay what they are in it."""
-ALONE = "COMPATIBILITY_ALONE"
-"""Set where a process runs a single test, so that it may start further ones."""
 
 _SECONDS_TO_END = 5.0  # of a thread
 _LIFTED = {"min_cuda_gpus": 0, "bf16_cuda": False, "standalone": False}

@@ -18,6 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+REPORT = "COMPATIBILITY_REPORT"
+"""Names the file that gets a line of JSON for each event."""
+KEPT = "COMPATIBILITY_KEPT"
+"""JSON: by test, the strategies' names that stay what they are in it."""
+ALONE = "COMPATIBILITY_ALONE"
+"""Set where a process runs a single test, so that it may start further ones."""
+
 _FORKS = multiprocessing.get_context("forkserver")
 
 

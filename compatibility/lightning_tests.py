@@ -23,8 +23,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.results import about
-from compatibility.lightning_plugin import ALONE, KEPT, REPORT
-from compatibility.lightning_processes import run
+from compatibility.lightning_processes import ALONE, KEPT, REPORT, run
 from compatibility.lightning_report import Outcome, Result, write
 from compatibility.lightning_source import copied
 from compatibility.lightning_table import Plan, Table

@@ -128,6 +128,7 @@ def _of_the_moment(path: Path, optimizer: str) -> None:
         assert_close(held, expected, f"optimizer state of step {step}")
 
 
+@pytest.mark.slow
 def test_what_is_written_is_of_the_moment_of_the_save(tmp_path: Path) -> None:
     for optimizer in ("partition", "world"):
         run_ranks(4, _of_the_moment, tmp_path / optimizer, optimizer)

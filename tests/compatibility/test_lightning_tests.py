@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ def test_hangs():
 def test_skipped():
     pytest.skip("no reason")
 """
+
+
+def test_lightning_is_what_it_is_where_the_command_runs() -> None:
+    assert "compatibility.lightning_plugin" not in sys.modules  # it changes Trainer and Fabric
 
 
 def test_the_table_is_well_formed() -> None:
@@ -176,6 +181,7 @@ def test_the_nearest_tag() -> None:
         nearest("2.7.0", tags)
 
 
+@pytest.mark.slow
 def test_runs_and_tells_what_became_of_each_test(tmp_path: Path) -> None:
     tests = tmp_path / "tests"
     (tests / "tests_pytorch").mkdir(parents=True)

@@ -75,6 +75,7 @@ def _finds() -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_ranks_find_the_same_size_and_none_runs_out_of_memory() -> None:
     """On rank 0 alone, 40 would fit 500 bytes; 20 fit on both, and a trial of more is never begun."""
     for power, binary, limited, least in run_ranks(2, _finds):

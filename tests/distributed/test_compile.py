@@ -76,6 +76,7 @@ def _compiled_by_user() -> None:
         assert_same_losses(module.losses + module.validated, plain.losses + plain.validated, f"{wrapped=}", rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_that_the_user_compiled() -> None:
     run_ranks(4, _compiled_by_user)
 

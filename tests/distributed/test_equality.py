@@ -232,7 +232,7 @@ ENDS = (RUNGS[0], RUNGS[-1])
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [
-        (4, [(4, 2, 3, RUNGS), (2, 2, 1, ENDS[1:])]),
+        pytest.param(4, [(4, 2, 3, RUNGS), (2, 2, 1, ENDS[1:])], marks=pytest.mark.slow),
         (4, [(1, 2, 2, ENDS[1:]), (2, 1, 2, RUNGS)]),
         (6, [(6, 2, 2, ENDS)]),
     ],

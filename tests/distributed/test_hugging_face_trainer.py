@@ -135,10 +135,12 @@ def _generates(folder: str) -> None:
         assert len({tuple(sequence) for sequence in second}) > 1
 
 
+@pytest.mark.slow
 def test_sequences_are_generated_as_under_ddp(tmp_path: Path) -> None:
     run_ranks(4, _generates, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_losses_norms_and_parameters_are_those_of_ddp(tmp_path: Path) -> None:
     run_ranks(4, _trains, str(tmp_path))
 

@@ -69,9 +69,8 @@ def _ran(offload: str | None, partition_size: int = 2, rung: str = "block/sharde
 
 def _trains() -> None:
     cases: list[dict[str, Any]] = [
-        {"partition_size": 4},
+        {"partition_size": 4, "rung": "window/whole"},
         {"partition_size": 1},
-        {"rung": "window/whole"},
         {"rung": "micro_step/sharded", "precision": "bf16-mixed"},
         {"precision": "bf16-true"},
     ]
@@ -161,17 +160,25 @@ def _refused() -> list[str]:
     return [*said, str(error.value)]
 
 
-def _all() -> list[str]:
+def _by_hand_in_other_loops_and_refused() -> list[str]:
     with accelerating.launched():
         _other_loops()
-    _trains()
-    _resumes()
     _steps_by_hand()
     return _refused()
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_a_run_that_has_all_on_its_device() -> None:
-    for *scaled, moved in run_ranks(4, _all):
+    run_ranks(4, _trains)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_any_form_goes_on_in_any_other() -> None:
+    run_ranks(4, _resumes)
+
+
+def test_loops_of_the_users_own_and_what_cannot_be_right() -> None:
+    for *scaled, moved in run_ranks(4, _by_hand_in_other_loops_and_refused):
         for how, said in zip(HOW, scaled, strict=True):
             assert said.startswith(f'offload="{how}" does not go with a gradient scaler')
         assert 'is to be run with offload="parameters" now, which would move its shards' in moved

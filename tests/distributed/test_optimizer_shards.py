@@ -178,7 +178,7 @@ def _each(partition_size: int, cases: list[dict[str, Any]]) -> None:
         _both(partition_size, 0.0, **case)
 
 
-@pytest.mark.parametrize(("n", "p"), CASES)
+@pytest.mark.parametrize(("n", "p"), [pytest.param(4, 2, marks=pytest.mark.slow), (2, 1)])
 def test_two_replicas_are_equal_bit_for_bit(n: int, p: int) -> None:
     run_ranks(n, _each, p, CASES[n, p])
 
@@ -432,6 +432,7 @@ def _read_between(how: str) -> None:
     assert_close(full[1], full[0], how)
 
 
+@pytest.mark.slow
 def test_who_reads_or_writes_parameters_otherwise_finds_them_complete() -> None:
     for how in ("state_dict", "of a part", "load_state_dict", "another window", "finish_updates"):
         run_ranks(2, _read_between, how)

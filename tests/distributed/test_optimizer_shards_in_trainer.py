@@ -147,7 +147,7 @@ CASES: dict[tuple[int, int], list[tuple[type[Toy], dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize(("n", "p"), CASES)
+@pytest.mark.parametrize(("n", "p"), [pytest.param(4, 2, marks=pytest.mark.slow), (2, 1)])
 def test_a_trainer_trains_alike_bit_for_bit(n: int, p: int) -> None:
     run_ranks(n, _trained_alike, p, CASES[n, p])
 
@@ -166,6 +166,7 @@ def _clipped() -> None:
             assert_same_training(ours, free, "not clipped")
 
 
+@pytest.mark.slow
 def test_clipping_by_norm_and_by_value_is_ddps() -> None:
     run_ranks(4, _clipped)
 
@@ -227,6 +228,7 @@ def _checkpoints(path: Path) -> None:
         assert_close(world, plain, "in a single file")
 
 
+@pytest.mark.slow
 def test_checkpoints_are_the_same_in_both_forms_and_each_resumes_in_the_other(tmp_path: Path) -> None:
     run_ranks(4, _checkpoints, tmp_path)
 

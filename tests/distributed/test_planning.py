@@ -141,6 +141,7 @@ def _only_when_fitting() -> None:
     assert strategy.topology.partition_size == 2
 
 
+@pytest.mark.slow
 def test_all_ranks_take_one_plan_and_lose_nothing() -> None:
     run_ranks(4, _plans)
 

@@ -174,6 +174,7 @@ def _without_state(path: Path) -> None:
                 raise AssertionError("Lightning's warning, which is not true here")
 
 
+@pytest.mark.slow
 def test_plain_loaders_go_on_at_the_next_sample(tmp_path: Path) -> None:
     run_ranks(4, _without_state, tmp_path)
 

@@ -133,6 +133,7 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(tmp_path: Path) -> No
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_sweep_under_lightnings_launcher_starts_no_process(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "recipes" / "train.py"), "--multirun", "seed=1,2"]
     answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
