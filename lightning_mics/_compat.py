@@ -107,7 +107,7 @@ def reduce_unused_params(root: Any, enable: bool) -> None:
     if HAS_UNUSED_PARAMS:
         root.set_reduce_scatter_unused_params(enable)
         return
-    for module in root.modules():  # type: ignore[attr-defined]
+    for module in root.modules():
         if isinstance(module, FSDPModule):
             for group in _groups_of(module._get_fsdp_state()):
                 group.__class__ = _ReducingUnused if enable else FSDPParamGroup

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from lightning_mics.shards import local_part, sharded_as
 
 AVERAGE, CURRENT = "average", "current"
 KEY = "mics_averages"
@@ -53,8 +54,8 @@ class Averages:
         self.updates += 1
         weight = 1 / self.updates if self._decay is None or self.updates == 1 else 1 - self._decay
         for name, param in self._params.items():
-            average = _local(self._values[name])
-            average.lerp_(_local(param).to(average.dtype), weight)
+            average = local_part(self._values[name])
+            average.lerp_(local_part(param).to(average.dtype), weight)
 
     @torch.no_grad()
     def show(self) -> None:
@@ -78,7 +79,7 @@ class Averages:
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, param in self._params.items():
-            _local(param).copy_(_local(values[name]))
+            local_part(param).copy_(local_part(values[name]))
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -124,26 +125,15 @@ class Averages:
         own = {name for name, param in self._params.items() if self._values[name].dtype == param.dtype}
         for name, param in self._params.items():
             if name in averages or name in own:
-                _local(self._values[name]).copy_(_local(averages.get(name, param)))
+                local_part(self._values[name]).copy_(local_part(averages.get(name, param)))
         self._put({**self._params, **self._current, **current})
         self._current, self.updates = {}, updates
 
 
 def _in(param: Tensor, dtype: torch.dtype, value: Tensor) -> Tensor:
     """A copy of `value` in `dtype`, sharded as `param` is."""
-    local = _local(value).to(dtype, copy=True)
-    if not isinstance(param, DTensor):
-        return local
-    return DTensor.from_local(
-        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
+    return sharded_as(local_part(value).to(dtype, copy=True), param)
 
 
 def _wide(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing its memory."""
-    own = tensor.detach()
-    return own.to_local() if isinstance(own, DTensor) else own

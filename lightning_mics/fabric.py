@@ -37,6 +37,7 @@ from lightning_mics.own_loop import Backward, OwnLoop
 from lightning_mics.refusals import check_checkpoint_io
 from lightning_mics.running import RunningMixin, register_in
 from lightning_mics.sharding import MiCSModule
+from lightning_mics.shards import local_part
 from lightning_mics.successors import Successors, check_state
 from lightning_mics.topology import PartitionSize
 
@@ -316,8 +317,7 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         """As of whole gradients. No communication."""
         for param in self._about_to_clip(optimizer):
             if (gradient := param.grad) is not None:
-                own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-                own.clamp_(-clip_val, clip_val)
+                local_part(gradient).clamp_(-clip_val, clip_val)
 
     def _about_to_clip(self, optimizer: Optimizer) -> list[Tensor]:
         _close(self._loops(optimizer))

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_mics.choice import Choice
 from lightning_mics.groups import backends
 from lightning_mics.optimizer_shards import STEPS_FOR, OptimizerState
+from lightning_mics.shards import local_part, sharded_as
 
 _HOST = torch.device("cpu")
 _STEP = "_mics_host_step"
@@ -193,7 +194,7 @@ class HostStep:
     def _ended(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for _, _, param, _ in self._held:
             copy = self.copy_of(param)
-            _local(param).copy_(_local(copy), non_blocking=True)  # on the stream that computes next
+            local_part(param).copy_(local_part(copy), non_blocking=True)  # on the stream that computes next
             copy.grad = None
         self._give_back(optimizer)
 
@@ -217,10 +218,10 @@ class HostStep:
         for _, _, param, gradient in self._held:
             copy = self.copy_of(param)
             copy.requires_grad_(param.requires_grad)
-            _local(copy).copy_(_local(param), non_blocking=True)
+            local_part(copy).copy_(local_part(param), non_blocking=True)
             if gradient is not None:
                 copy.grad = _like(gradient, copy)
-                _local(copy.grad).copy_(_local(gradient), non_blocking=True)
+                local_part(copy.grad).copy_(local_part(gradient), non_blocking=True)
         for device in {param.device for _, _, param, _ in self._held if param.device.type != _HOST.type}:
             torch.accelerator.current_stream(device).synchronize()
 
@@ -268,25 +269,20 @@ def _places(optimizer: Optimizer) -> Iterator[_Place]:
 
 def _on_host(value: Any) -> Any:
     """State that was made on the device, by a checkpoint or before this optimizer was told."""
-    if not isinstance(value, Tensor) or _local(value).device == _HOST:
+    if not isinstance(value, Tensor) or local_part(value).device == _HOST:
         return value
-    if not isinstance(value, DTensor):
-        return value.to(_HOST)
-    return _sharded_as(_local(value).to(_HOST), value)
+    return _sharded_on_host(local_part(value).to(_HOST), value)
 
 
 def _like(tensor: Tensor, sharded: Tensor) -> Tensor:
     """Memory on the host for a copy of `tensor`, sharded as another is."""
-    own = _local(tensor)
+    own = local_part(tensor)
     memory = torch.empty_like(own, device=_HOST, pin_memory=_pins(own.device))
-    return _sharded_as(memory, sharded)
+    return _sharded_on_host(memory, sharded)
 
 
-def _sharded_as(local: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
-        return local
-    mesh = _mesh_on_host(like.device_mesh)
-    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+def _sharded_on_host(local: Tensor, like: Tensor) -> Tensor:
+    return sharded_as(local, like, _mesh_on_host(like.device_mesh) if isinstance(like, DTensor) else None)
 
 
 def _mesh_on_host(mesh: DeviceMesh) -> DeviceMesh:
@@ -294,9 +290,3 @@ def _mesh_on_host(mesh: DeviceMesh) -> DeviceMesh:
     if mesh.device_type == _HOST.type:
         return mesh
     return DeviceMesh.from_group(mesh.get_group(), _HOST.type, mesh_dim_names=mesh.mesh_dim_names)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing its memory."""
-    own = tensor.detach()
-    return own.to_local() if isinstance(own, DTensor) else own

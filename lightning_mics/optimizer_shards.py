@@ -26,6 +26,7 @@ from lightning_mics.channels import Transfer
 from lightning_mics.choice import Choice
 from lightning_mics.comms import padded_numel
 from lightning_mics.groups import Groups
+from lightning_mics.shards import local_part
 from lightning_mics.topology import Topology
 from lightning_mics.wire import Traffic
 
@@ -89,7 +90,7 @@ class OptimizerShards:
 
     @torch.no_grad()
     def _piece_of(self, param: nn.Parameter) -> nn.Parameter:
-        piece = nn.Parameter(self._as_piece(_rows(_local(param), self._replicas, self._replica), param))
+        piece = nn.Parameter(self._as_piece(_rows(local_part(param), self._replicas, self._replica), param))
         setattr(piece, STEPS_FOR, param)
         return piece
 
@@ -98,7 +99,7 @@ class OptimizerShards:
         """State that an optimizer has made already, as some do when they are made."""
         if not isinstance(value, Tensor) or value.shape != param.shape:
             return value
-        return self._as_piece(_rows(_local(value), self._replicas, self._replica).clone(), param)
+        return self._as_piece(_rows(local_part(value), self._replicas, self._replica).clone(), param)
 
     def _as_piece(self, rows: Tensor, param: nn.Parameter) -> DTensor:
         mesh = self._groups.world_mesh
@@ -153,7 +154,7 @@ class OptimizerShards:
         """Add what has come to the pieces' `.grad`, in their dtype; the parameters' own are gone."""
         for param, offset in zip(mean.params, _offsets(mean.rooms), strict=True):
             piece = self._pieces[id(param)]
-            rows = _local(piece)
+            rows = local_part(piece)
             part = mean.out[offset : offset + rows.numel()].view_as(rows).to(piece.dtype)
             gradient = self._as_piece(part, param)
             piece.grad = gradient if piece.grad is None else piece.grad + gradient
@@ -172,7 +173,7 @@ class OptimizerShards:
         Raises:
             RuntimeError: if a shard has got other memory since its piece was made.
         """
-        pairs = [(_local(param), _local(self._pieces[id(param)])) for param in params]
+        pairs = [(local_part(param), local_part(self._pieces[id(param)])) for param in params]
         for param, (shard, rows) in zip(params, pairs, strict=True):
             if rows.untyped_storage().data_ptr() != shard.untyped_storage().data_ptr():
                 raise RuntimeError(
@@ -316,9 +317,3 @@ def _collect(slots: Tensor, offset: int, shard: Tensor) -> None:
 
 def _offsets(rooms: Sequence[int]) -> list[int]:
     return [*accumulate(rooms, initial=0)][:-1]
-
-
-def _local(param: Tensor) -> Tensor:
-    """This rank's part, sharing its memory."""
-    own = param.detach()
-    return own.to_local() if isinstance(own, DTensor) else own

@@ -126,13 +126,7 @@ class MiCSModule(nn.Module):
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.order.inside or in_backward():
                 return plain(*args, **kwargs)
-            self._from_outside = plain  # the module's own hooks are around this call already
-            try:
-                return self(*args, **kwargs)
-            finally:
-                self._from_outside = None
-                if not torch.is_grad_enabled():
-                    self.release()
+            return self._called_from_outside(plain, *args, **kwargs)
 
         self.module.forward = forward  # type: ignore[method-assign]
         if callable(getattr(self.module, _GENERATE, None)):
@@ -147,15 +141,23 @@ class MiCSModule(nn.Module):
             if self.order.inside:
                 return plain(*args, **kwargs)
             passes, self.order.pass_skipped = self.order.pass_skipped, False
-            self._from_outside = plain
             try:
                 with torch.no_grad():
-                    return self(*args, **kwargs)
+                    return self._called_from_outside(plain, *args, **kwargs)
             finally:
-                self._from_outside, self.order.pass_skipped = None, passes
-                self.release()
+                self.order.pass_skipped = passes
 
         setattr(self.module, _GENERATE, generate)
+
+    def _called_from_outside(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward of this root that runs `plain`: the module's own hooks are around that call already."""
+        self._from_outside = plain
+        try:
+            return self(*args, **kwargs)
+        finally:
+            self._from_outside = None
+            if not torch.is_grad_enabled():
+                self.release()
 
     @property
     def rung(self) -> Rung:

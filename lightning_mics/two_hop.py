@@ -36,6 +36,7 @@ from lightning_mics.held import HeldGradients
 from lightning_mics.ladder import Gradients, Rung
 from lightning_mics.optimizer_shards import Mean, OptimizerShards
 from lightning_mics.residency import Residency
+from lightning_mics.shards import local_part, sharded_as
 from lightning_mics.usage import Usage
 from lightning_mics.wire import Traffic
 
@@ -557,10 +558,5 @@ class _Mark:
 
 def _zeros_without_memory(like: Tensor) -> Tensor:
     """Zeros of the shape of `like`, sharded as it is, all of them one."""
-    own = like.to_local() if isinstance(like, DTensor) else like
-    zeros = own.new_zeros(()).expand(own.shape)
-    if not isinstance(like, DTensor):
-        return zeros
-    return DTensor.from_local(
-        zeros, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    own = local_part(like)
+    return sharded_as(own.new_zeros(()).expand(own.shape), like)

@@ -17,7 +17,19 @@ TOOLS = sorted(Path(mics_tools.__file__).parent.glob("*.py"))
 
 # Lowest first. What stands in one row does not import its like.
 ROWS = (
-    {"topology", "choice", "network", "ladder", "precision", "memory", "flat", "cross_memory", "version", "_compat"},
+    {
+        "topology",
+        "choice",
+        "network",
+        "ladder",
+        "precision",
+        "memory",
+        "flat",
+        "cross_memory",
+        "shards",
+        "version",
+        "_compat",
+    },
     {"averages", "repeats", "groups", "channels"},
     {"collectives", "climb", "residency", "held", "trials"},
     {"exchange", "native"},

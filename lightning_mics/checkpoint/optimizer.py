@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_mics._compat import quantized_state
 from lightning_mics.offload import stepped_for
 from lightning_mics.optimizer_shards import parameter_of
+from lightning_mics.shards import local_part, sharded_as
 
 StateByName = dict[str, Any]
 
@@ -47,7 +47,7 @@ def load_state(optimizer: Optimizer, by_name: StateByName) -> None:
             if isinstance(value, Tensor) and value.shape == param.shape and param.ndim:
                 made = quantized_state(optimizer, stepped_for(optimizer, param), name)
                 if made is not None:
-                    _local(made).copy_(_local(value))
+                    local_part(made).copy_(local_part(value))
                     fields[name] = made
 
 
@@ -142,19 +142,10 @@ def _values(value: Any) -> Any:
     """Of a tensor that is kept in fewer bits than its dtype says, as torchao's, which can be sharded otherwise."""
     if not isinstance(value, Tensor):
         return value
-    own = _local(value)
+    own = local_part(value)
     if type(own).dequantize is Tensor.dequantize:
         return value
-    plain = own.dequantize()
-    if not isinstance(value, DTensor):
-        return plain
-    return DTensor.from_local(
-        plain, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
-    )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return sharded_as(own.dequantize(), value)
 
 
 def _first_difference(ours: list[list[str]], saved: list[list[str]]) -> str:
