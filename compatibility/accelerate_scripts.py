@@ -31,7 +31,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.results import about
-from compatibility import documents
+from compatibility import documents, kept
 from compatibility.accelerate_rank import Order, is_test
 from compatibility.stand_ins import write_model
 
@@ -385,26 +385,18 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: if it is of another format.
-        """
-        content = json.loads(path.read_text())
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{path}: format {content.get('format')!r} is not {FORMAT}; run it anew")
+        """Read what `save` wrote; see `kept.load`."""
+        content = kept.load(path, FORMAT)
         return cls(content["about"], [_line(each) for each in content["lines"]])
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, "about": self.about, "lines": [asdict(line) for line in self.lines]}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        kept.save(path, FORMAT, about=self.about, lines=[asdict(line) for line in self.lines])
 
     def with_lines(self, script: str, lines: Iterable[Line]) -> Results:
         """With those of a script in the place of what it had."""
         names = [each.title for each in SCRIPTS]
-        kept = [*(line for line in self.lines if line.script != script), *lines]
-        return replace(self, lines=sorted(kept, key=lambda line: names.index(line.script)))
+        others = [*(line for line in self.lines if line.script != script), *lines]
+        return replace(self, lines=sorted(others, key=lambda line: names.index(line.script)))
 
     def every(self) -> list[Line]:
         """Of each script; those that were not run say so."""

@@ -14,7 +14,6 @@ tracked files as they are in the working tree, and is removed when its row is do
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -35,7 +34,7 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
 from benchmarks.results import about
-from compatibility import documents
+from compatibility import documents, kept
 from compatibility.environments import Environment, Unavailable, constraints, interpreter, last_line, without_ours
 
 app = typer.Typer(add_completion=False)
@@ -268,20 +267,12 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: if it is of another format.
-        """
-        content = json.loads(path.read_text())
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{path}: format {content.get('format')!r} is not {FORMAT}; run it anew")
+        """Read what `save` wrote; see `kept.load`."""
+        content = kept.load(path, FORMAT)
         return cls(content["about"], [Row(**{**row, "case": Case(**row["case"])}) for row in content["rows"]])
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, "about": self.about, "rows": [asdict(row) for row in self.rows]}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        kept.save(path, FORMAT, about=self.about, rows=[asdict(row) for row in self.rows])
 
     def with_row(self, row: Row) -> Results:
         """With `row` in the place of the one of its name."""
