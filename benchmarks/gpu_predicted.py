@@ -1,0 +1,401 @@
+"""Predicted on a GPU: the planner's memory and seconds beside those of real training on one device.
+
+    python -m benchmarks.gpu_predicted                                   # one GPU, two minutes
+    python -m benchmarks.gpu_predicted --device cpu --case "tiny gpt2"   # without one, to see that it runs
+
+One rank is predicted whole: the most that it holds, and an optimizer step's seconds, from the figures that
+`lightning_mics.planner.measured` takes of the device, and where the hardware file has the device, from the file's as
+well. Several ranks share the one device by gloo, as in `benchmarks.gpu_exercise`: what each holds is compared, and no
+time, as they compute in turns.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date, timedelta
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from benchmarks.gpu_cases import CASES, TINY, Case, loss_of
+from benchmarks.results import about
+from lightning_mics import memory
+from lightning_mics.groups import Groups
+from lightning_mics.ladder import Rung
+from lightning_mics.offload import Offload, step_on_host
+from lightning_mics.optimizer_shards import OptimizerState
+from lightning_mics.planner import hardware, measured
+from lightning_mics.planner.hardware import Cluster, Device, Tier
+from lightning_mics.planner.plan import Planner, Workload
+from lightning_mics.planner.state import OptimizerBytes
+from lightning_mics.precision import Precision
+from lightning_mics.sharding import MiCSModule, shard
+from lightning_mics.topology import Topology
+
+FORMAT = 1
+_FOLDER = Path(__file__).parent / "results"
+_TIMEOUT = timedelta(seconds=300)
+_STEPS = 5  # that are timed
+_LAYERS_AT_REST = 2
+_IN_FILE = {"H100 80GB HBM3": "h100-80gb", "A100-SXM4-80GB": "a100-80gb", "A100-SXM4-40GB": "a100-40gb"}
+"""Devices of the hardware file, by a part of the name by which CUDA has them."""
+
+app = typer.Typer(add_completion=False)
+console = Console(width=max(140, Console().width))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to train one model.
+
+    Attributes:
+        case: the model and its micro-batch.
+        precision: "bf16-true" or "bf16-mixed".
+        window: micro-steps of an optimizer step.
+        ranks: on the one device.
+        partition_size: p.
+        rung: what stays whole.
+        optimizer_state: over which ranks it is sharded.
+        offload: what is in the host's memory.
+    """
+
+    case: Case
+    precision: str = "bf16-true"
+    window: int = 1
+    ranks: int = 1
+    partition_size: int = 1
+    rung: str = "block/sharded"
+    optimizer_state: str = "partition"
+    offload: str | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.case.name}, {self.case.batch} x {self.window}", self.precision]
+        parts += ["recomputed"] * self.case.checkpointing
+        parts += [f"n = {self.ranks}, p = {self.partition_size}, {self.rung}"] * (self.ranks > 1)
+        parts += ["optimizer over all ranks"] * (self.optimizer_state == "world")
+        parts += [f"offload {self.offload}"] * bool(self.offload)
+        return ", ".join(parts)
+
+    @property
+    def topology(self) -> Topology:
+        """One node."""
+        return Topology(self.ranks, self.ranks, self.partition_size)
+
+    @property
+    def of_precision(self) -> Precision:
+        """With bf16-mixed, shards are fp32."""
+        return Precision(torch.bfloat16) if self.precision == "bf16-mixed" else Precision()
+
+    def build(self, device: torch.device, layers: int | None = None) -> nn.Module:
+        """The model; recomputing is left to the engine."""
+        case = replace(self.case, checkpointing=False, layers=layers or self.case.layers)
+        model = case.build(device)
+        return model.float() if self.precision == "bf16-mixed" else model
+
+    def workload(self) -> Workload:
+        """The same for the planner."""
+        module = self.build(torch.device("meta"))
+        return Workload(
+            module=module,
+            batch=lambda size: torch.zeros(size, self.case.tokens, dtype=torch.long),
+            step=loss_of,
+            precision=self.of_precision,
+            optimizer=OptimizerBytes.measure(AdamW, next(module.parameters()).dtype, "cuda"),
+            optimizer_state=OptimizerState.parse(self.optimizer_state, "optimizer_state"),
+            activation_checkpointing=self.case.checkpointing,
+            offload=Offload.of(self.offload),
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a setup took.
+
+    Attributes:
+        grown: bytes from rest to the peak of an optimizer step, of each rank.
+        reserved: the most bytes that the allocator had of the device, of each rank, what it had at rest among them.
+        seconds: of an optimizer step, several times; empty with several ranks.
+    """
+
+    grown: list[int]
+    reserved: list[int]
+    seconds: list[float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A setup, what it took, and what was said of it.
+
+    Attributes:
+        setup: for people.
+        measured: what it took.
+        bytes: by the planner.
+        moment: at which it says that a rank holds most.
+        by_kind: those bytes in parts.
+        seconds: of an optimizer step, by the source of the device's figures; empty with several ranks.
+    """
+
+    setup: str
+    measured: Measured
+    bytes: int
+    moment: str
+    by_kind: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def memory_error(self) -> float:
+        """As a share of what the rank that holds most has measured; positive where the planner says too much."""
+        return self.bytes / max(1, *self.measured.grown) - 1  # what is tiny may find room that was there
+
+    def seconds_error(self, source: str) -> float:
+        """Likewise, of the seconds by one source."""
+        return self.seconds[source] / median(self.measured.seconds) - 1
+
+
+_BERT, _GPT2 = CASES["bert-large"], CASES["gpt2-xl"]
+_BERT_32 = replace(_BERT, batch=32)
+_GPT2_MEDIUM = Case("gpt2-medium", "gpt2", 24, 1024, 16, 50257, 1024, 4)
+_MIXED: dict[str, Any] = {"precision": "bf16-mixed"}
+SETUPS = (
+    Setup(_BERT),
+    Setup(replace(_BERT, checkpointing=True)),
+    Setup(_BERT_32, window=2, **_MIXED),
+    Setup(_GPT2_MEDIUM, **_MIXED),
+    Setup(_GPT2),
+    Setup(_BERT_32, offload="optimizer", **_MIXED),
+    Setup(_BERT_32, offload="parameters", **_MIXED),
+    Setup(_GPT2_MEDIUM, ranks=4, partition_size=4, **_MIXED),
+    Setup(_GPT2_MEDIUM, window=2, ranks=4, partition_size=4, rung="micro_step/sharded", **_MIXED),
+    Setup(
+        replace(_GPT2_MEDIUM, checkpointing=True), window=2, ranks=4, partition_size=2, rung="window/whole", **_MIXED
+    ),
+    Setup(_GPT2_MEDIUM, ranks=4, partition_size=2, optimizer_state="world", **_MIXED),
+)
+"""Several ways to fill memory: activations, logits, states; kept, recomputed, offloaded, sharded."""
+
+_TINY_SETUPS = {name: (Setup(case), Setup(case, ranks=2, partition_size=2)) for name, case in TINY.items()}
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A setup under way on this rank. Collective on the default group."""
+
+    def __init__(self, setup: Setup, device: torch.device, layers: int | None = None) -> None:
+        self._window = setup.window
+        self._batches = setup.case.batches(device)
+        self._root: MiCSModule = shard(
+            setup.build(device, layers),
+            Groups.create(setup.topology, device.type, _TIMEOUT),
+            rung=setup.rung,
+            activation_checkpointing=setup.case.checkpointing,
+            precision=setup.of_precision,
+            offload="parameters" if setup.offload == "parameters" else None,
+        )
+        self._root.one_backward = True
+        self._optimizer = AdamW(self._root.parameters())
+        if setup.optimizer_state == "world":
+            self._root.shard_optimizer(self._optimizer)
+        if setup.offload == "optimizer":
+            step_on_host(self._optimizer)
+        self._steps = 0
+
+    def step(self) -> None:
+        """An optimizer step, as a Trainer takes it: gradients are cleared between a forward and its backward."""
+        window = self._root.window
+        window.begin(self._steps)
+        for micro in range(self._window):
+            boundary = micro == self._window - 1
+            with torch.enable_grad() if boundary else window.hop_1_only():
+                loss = loss_of(self._root, self._next())
+                if micro == 0:
+                    self._optimizer.zero_grad()
+                with window.backward():
+                    (loss / self._window).backward()
+        window.close()
+        self._optimizer.step()
+        self._root.release()
+        self._steps += 1
+
+    def _next(self) -> Tensor:
+        self._batches.append(self._batches.pop(0))
+        return self._batches[-1]
+
+
+def take(setup: Setup, device: torch.device) -> Measured:
+    """Train, and see what it takes, on this rank. Collective on the default group.
+
+    At rest it has trained a few layers of the same, so that whatever is loaded or set up once is there.
+    """
+    Training(setup, device, _LAYERS_AT_REST).step()
+    _rest(device)
+    before = memory.in_use(device)
+    training = Training(setup, device)
+    training.step()
+    _rest(device)
+    memory.reset_peak(device)
+    training.step()
+    grown = memory.peak(device) - before
+    reserved = 0 if device.type == "cpu" else torch.accelerator.max_memory_reserved(device)
+    seconds = [] if setup.ranks > 1 else [_timed(training, device) for _ in range(_STEPS)]
+    del training
+    _rest(device)
+    return Measured([grown], [reserved], seconds)
+
+
+def _timed(training: Training, device: torch.device) -> float:
+    start = time.perf_counter()
+    training.step()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _rest(device: torch.device) -> None:
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+        torch.accelerator.empty_cache()
+
+
+def taken_by_ranks(setup: Setup, device: torch.device) -> Measured:
+    """The same with processes of its own.
+
+    Raises:
+        Exception: if a rank raised.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        torch.multiprocessing.spawn(_rank, (setup, device, place), nprocs=setup.ranks)
+        told = [json.loads(Path(place, f"{rank}.json").read_text()) for rank in range(setup.ranks)]
+    return Measured(*([each[name][0] for each in told] for name in ("grown", "reserved")), seconds=[])
+
+
+def _rank(rank: int, setup: Setup, device: torch.device, place: str) -> None:
+    torch.set_num_threads(1)
+    _join(rank, setup.ranks, "gloo", Path(place))
+    Path(place, f"{rank}.json").write_text(json.dumps(asdict(take(setup, device))))
+    dist.barrier()  # a rank that leaves early breaks the connection of one that is late
+    dist.destroy_process_group()
+
+
+def _join(rank: int, ranks: int, backend: str, place: Path) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(backend, f"file://{place}/store", timeout=_TIMEOUT, rank=rank, world_size=ranks)
+
+
+# -- predicting --------------------------------------------------------------------------------------------------------
+
+
+def figures_of(device: torch.device) -> dict[str, Device]:
+    """What is known of the device, by source; its memory is all that there is of it."""
+    found = {"measured": measured.measure(device, 1)}
+    name = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    known = hardware.devices()
+    entry = next((entry for part, entry in _IN_FILE.items() if part in name), None)
+    return found if entry is None else found | {"hardware file": known[entry]}
+
+
+def cluster_of(device: Device, ranks: int, device_type: str) -> Cluster:
+    """One node; with one rank nothing is sent, so that its lines do not matter."""
+    line = partial(Tier, bandwidth=1e11, latency=1e-5)
+    backend = "gloo" if device_type == "cpu" else "nccl"
+    return Cluster("one device", device, (line("intra-node", ranks), line("inter-node", 1)), backend)
+
+
+def result_of(setup: Setup, took: Measured, figures: dict[str, Device], device_type: str) -> Result:
+    """What the planner says, beside it."""
+    seconds, workload = {}, setup.workload()
+    rung, topology, batch = Rung.parse(setup.rung), setup.topology, setup.case.batch
+    for source, device in figures.items():
+        planner = Planner(workload, cluster_of(device, setup.ranks, device_type))
+        held = planner.memory(topology, rung, batch, setup.window)
+        if setup.ranks == 1:
+            seconds[source] = planner.step(topology, rung, batch, setup.window).seconds
+    return Result(str(setup), took, held.total, held.moment, held.by_kind, seconds)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def main(
+    device: Annotated[str, typer.Option(help="By default the accelerator if there is one, else cpu.")] = "",
+    case: Annotated[list[str] | None, typer.Option(help="Small ones, to try it out; by default the large.")] = None,
+    commit: Annotated[str, typer.Option(help="What is measured, where there is no repository to ask.")] = "",
+    folder: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
+) -> None:
+    """Train on one device, and compare with what the planner says."""
+    here = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+    here = here if here.type == "cpu" else torch.device(here.type, here.index or 0)
+    name = "cpu" if here.type == "cpu" else torch.cuda.get_device_name(here)
+    setups = SETUPS if not case else [setup for each in case for setup in _TINY_SETUPS[each]]
+    target = folder or _FOLDER / f"{date.today().isoformat()}-gpu-predicted"
+    circumstances = about(device=name)
+    circumstances["commit"] = commit or circumstances["commit"]
+    with tempfile.TemporaryDirectory() as place:
+        _join(0, 1, "cpu:gloo" if here.type == "cpu" else f"cpu:gloo,{here.type}:nccl", Path(place))
+        figures = figures_of(here)
+        results = []
+        for setup in setups:
+            try:
+                took = take(setup, here) if setup.ranks == 1 else taken_by_ranks(setup, here)
+            except (RuntimeError, ValueError, torch.multiprocessing.ProcessRaisedException) as error:
+                print(f"{setup}: {error}", file=sys.stderr, flush=True)
+                continue  # the others have results of their own
+            results.append(result_of(setup, took, figures, here.type))
+            console.print(table(results[-1:]))
+            save(results, figures, circumstances, target)
+        dist.destroy_process_group()
+    console.print(table(results))
+    console.print(f"results in {target}")
+    if len(results) < len(setups):
+        raise typer.Exit(1)
+
+
+def save(results: Sequence[Result], figures: dict[str, Device], about: dict[str, Any], folder: Path) -> None:
+    """Write everything to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": FORMAT,
+        "about": about,
+        "figures": {source: asdict(device) for source, device in figures.items()},
+        "results": [asdict(each) for each in results],
+    }
+    (folder / "predicted.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def table(results: Sequence[Result]) -> Table:
+    """For people."""
+    out = Table(title="One device, predicted beside measured", title_justify="left")
+    sources = [*dict.fromkeys(source for each in results for source in each.seconds)]
+    for name in ("setup", "GB", "measured", "error", "reserved", "s/step", *sources):
+        out.add_column(name, justify="left" if name == "setup" else "right")
+    for each in results:
+        took = each.measured
+        held = f"{each.bytes / 1e9:.2f}", f"{max(took.grown) / 1e9:.2f}", f"{each.memory_error:+.1%}"
+        seconds = f"{median(took.seconds):.3f}" if took.seconds else ""
+        said = [f"{each.seconds[s]:.3f} ({each.seconds_error(s):+.0%})" if s in each.seconds else "" for s in sources]
+        out.add_row(each.setup, *held, f"{max(took.reserved) / 1e9:.2f}", seconds, *said)
+    return out
+
+
+if __name__ == "__main__":
+    app()
