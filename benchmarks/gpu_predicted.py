@@ -285,7 +285,8 @@ def taken_by_ranks(setup: Setup, device: torch.device) -> Measured:
     with tempfile.TemporaryDirectory() as place:
         torch.multiprocessing.spawn(_rank, (setup, device, place), nprocs=setup.ranks)
         told = [json.loads(Path(place, f"{rank}.json").read_text()) for rank in range(setup.ranks)]
-    return Measured(*([each[name][0] for each in told] for name in ("grown", "reserved")), seconds=[])
+    grown, reserved = ([each[name][0] for each in told] for name in ("grown", "reserved"))
+    return Measured(grown, reserved, seconds=[])
 
 
 def _rank(rank: int, setup: Setup, device: torch.device, place: str) -> None:

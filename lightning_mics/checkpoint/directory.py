@@ -139,6 +139,7 @@ class Checkpoint:
 
     # -- load --------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(mode=False)  # which a caller may be in, and where shards cannot be written
     def load(
         self,
         module: nn.Module,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -63,6 +65,29 @@ def _entry_points() -> None:
 
 def test_fit_validate_test_predict_by_name_and_as_an_instance() -> None:
     run_ranks(4, _entry_points)
+
+
+def _within_inference_mode(path: Path) -> None:
+    """A user's own, around whole runs: what is saved and loaded there is what it is outside, and training goes on."""
+    losses = []
+    for within in (nullcontext, torch.inference_mode):
+        module, run = seeded(Toy), trainer(mics(), max_epochs=2)
+        run.fit_loop.max_epochs = 1
+        run.fit(module, Batches(2))
+        with within():
+            run.save_checkpoint(path / within.__name__)
+            run.test(module, Batches(1, first=900), ckpt_path=path / within.__name__, verbose=False)
+        other = seeded(Toy, seed=8)
+        trainer(mics(), max_epochs=2).fit(other, Batches(2), ckpt_path=path / within.__name__)
+        run.fit_loop.max_epochs = 2
+        run.fit(module, Batches(2))
+        losses.append((module.losses, module.validated, other.losses))
+    _is(losses[1], losses[0], "within inference mode")
+    _is(len(losses[0][0]), 4, "losses")
+
+
+def test_checkpoints_are_saved_and_loaded_within_inference_mode(tmp_path: Path) -> None:
+    run_ranks(2, _within_inference_mode, tmp_path)
 
 
 def _by_pytorch_lightning() -> None:
