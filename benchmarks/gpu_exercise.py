@@ -9,11 +9,9 @@ partition size, with a plain loop over all ranks' batches in one process on the 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 
+from benchmarks import one_device
 from benchmarks.gpu_cases import Case, loss_of
 from lightning_mics.channels import Task, channel_for
 from lightning_mics.collectives import Collectives
@@ -41,7 +40,6 @@ BOUND = 1e-5
 _NODES = 2
 _STEPS, _WINDOW = 3, 2
 _NUMELS = (1, 1_000, 300_000)
-_TIMEOUT = timedelta(seconds=300)
 _SLOW_BETWEEN = Network(Tier(0.0, 1e9), Tier(0.0, 1e8))
 _WAYS = (
     ("hierarchical", _SLOW_BETWEEN, None),
@@ -100,16 +98,13 @@ def table(checks: Sequence[Check]) -> str:
 
 def _rank(rank: int, ranks: int, kinds: Sequence[str], place: str) -> None:
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", f"file://{place}/store", timeout=_TIMEOUT, rank=rank, world_size=ranks)
     checks = []
-    for kind in kinds:
-        device = torch.device(kind) if kind == "cpu" else torch.device(kind, 0)
-        checks += [_agreed(check) for each in (check_collectives, check_ladder) for check in each(device)]
-    if rank == 0:
-        Path(place, "checks.json").write_text(json.dumps([asdict(check) for check in checks]))
-    dist.barrier()  # a rank that leaves early breaks the connection of one that is late
-    dist.destroy_process_group()
+    with one_device.joined(rank, ranks, "gloo", place):
+        for kind in kinds:
+            device = torch.device(kind) if kind == "cpu" else torch.device(kind, 0)
+            checks += [_agreed(check) for each in (check_collectives, check_ladder) for check in each(device)]
+        if rank == 0:
+            Path(place, "checks.json").write_text(json.dumps([asdict(check) for check in checks]))
 
 
 def _agreed(check: Check) -> Check:
@@ -130,7 +125,7 @@ def _topology(partition_size: int) -> Topology:
 
 def check_collectives(device: torch.device) -> Iterator[Check]:
     """Each collective on two tiers, on this rank. Collective on the default group."""
-    groups = Groups.create(_topology(dist.get_world_size()), device.type, _TIMEOUT)
+    groups = Groups.create(_topology(dist.get_world_size()), device.type, one_device.TIMEOUT)
     assert groups.hop_1 is not None
     for way, network, narrow in _WAYS:
         collectives = collectives_for(groups.hop_1, network, device, narrow)
@@ -226,29 +221,16 @@ def _train_plain() -> tuple[dict[str, Tensor], list[list[float]]]:
 def _train(topology: Topology, rung: Rung, device: torch.device) -> tuple[MiCSModule, list[float]]:
     root = shard(
         _model(),
-        Groups.create(topology, device.type, _TIMEOUT),
+        Groups.create(topology, device.type, one_device.TIMEOUT),
         rung=rung,
         activation_checkpointing=True,
         network=_SLOW_BETWEEN,
     )
     root.one_backward = True
-    optimizer, window = _optimizer(root), root.window
-    losses = []
+    optimizer, losses = _optimizer(root), []
     for step in range(_STEPS):
-        for number, ids in enumerate(_batches(dist.get_rank(), step)):
-            window.begin(step)
-            loss = loss_of(root, ids.to(device))
-            losses.append(loss.detach())
-            if number == _WINDOW - 1:
-                with window.backward():
-                    (loss / _WINDOW).backward()
-            else:
-                with window.hop_1_only(), window.backward():
-                    (loss / _WINDOW).backward()
-        window.close()
-        optimizer.step()
-        optimizer.zero_grad()
-        root.release()
+        batches = [ids.to(device) for ids in _batches(dist.get_rank(), step)]
+        losses += one_device.optimizer_step(root, optimizer, loss_of, batches, step)
     return root, [float(loss) for loss in losses]
 
 

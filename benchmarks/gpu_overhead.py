@@ -11,7 +11,6 @@ device.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import gpu_exercise
+from benchmarks import gpu_exercise, one_device
 from benchmarks.gpu_cases import CASES, TINY, Case, peak_flops
 from benchmarks.gpu_ways import PLAIN, WAYS, Way
 from benchmarks.results import about
@@ -112,7 +111,7 @@ def measure(
     parameters = sum(p.numel() for p in case.build(torch.device("meta")).parameters())
     alone = {name: _alone(make, case, device, batches) for name, make in ways.items()}
     _compare(case, {name: losses for name, (losses, _) in alone.items()})
-    _clean(device)
+    one_device.clean(device)
     with ExitStack() as stack:
         running = {name: _made(stack, make, case, device) for name, make in ways.items()}
         times = _take_turns(running, batches, device, plan)
@@ -138,15 +137,15 @@ def _alone(
     make: Callable[[Case, torch.device], Way], case: Case, device: torch.device, batches: Sequence[Tensor]
 ) -> tuple[list[float], int]:
     """The losses of a few steps, and the most memory that one takes, with nothing else on the device."""
-    _clean(device)
+    one_device.clean(device)
     before = memory.in_use(device)
     with ExitStack() as stack:
         way = _made(stack, make, case, device)
         way.turn(batches)
-        _wait(device)
+        one_device.wait(device)
         memory.reset_peak(device)
         way.turn(batches)
-        _wait(device)
+        one_device.wait(device)
         return _values(way), memory.peak(device) - before
 
 
@@ -165,11 +164,11 @@ def _take_turns(
     for number in range(1 + plan.rounds):
         own = [*islice(coming, plan.steps)]
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            _wait(device)
+            one_device.wait(device)
             began = time.perf_counter()
             ways[name].turn(own)
             issued = time.perf_counter() - began
-            _wait(device)
+            one_device.wait(device)
             seconds = time.perf_counter() - began
             if number:
                 times[name][0].append(seconds / plan.steps)
@@ -198,17 +197,6 @@ def _compare(case: Case, losses: Mapping[str, Sequence[float]]) -> dict[str, flo
 
 def _values(way: Way) -> list[float]:
     return torch.stack(way.losses).float().tolist()  # type: ignore[no-any-return]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _clean(device: torch.device) -> None:
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -266,7 +254,7 @@ class Run:
 
     def exercise(self, ranks: int) -> None:
         """The exercise."""
-        _clean(self._device)
+        one_device.clean(self._device)
         self._checks = gpu_exercise.exercise(self._device.type, ranks)
         self.failed |= not all(check.passed for check in self._checks)
         self._save(gpu_exercise.table(self._checks))
@@ -301,12 +289,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run_of(options: argparse.Namespace) -> Run:
-    device = torch.device(options.device or torch.accelerator.current_accelerator() or "cpu")
-    name = "cpu"
-    if device.type != "cpu":
-        device = torch.device(device.type, device.index or 0)
-        torch.accelerator.set_device_index(device)
-        name = torch.cuda.get_device_name(device)
+    device = one_device.chosen(options.device)
+    name = one_device.name_of(device)
     peak = 1e12 * options.peak if options.peak else peak_flops(name)
     print(f"{name}, peak {peak / 1e12 if peak else '?'} TFLOP/s (dense bf16)", flush=True)
     circumstances = about(**{key: str(value) for key, value in vars(options).items()})

@@ -11,29 +11,28 @@ time, as they compute in turns.
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date, timedelta
+from datetime import date
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW
 
+from benchmarks import one_device
 from benchmarks.gpu_cases import CASES, TINY, Case, loss_of
 from benchmarks.results import about
 from lightning_mics import memory
@@ -42,16 +41,17 @@ from lightning_mics.ladder import Rung
 from lightning_mics.offload import Offload, step_on_host
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner import hardware, measured
+from lightning_mics.planner.compute import Compute
 from lightning_mics.planner.hardware import Cluster, Device, Tier
 from lightning_mics.planner.plan import Planner, Workload
 from lightning_mics.planner.state import OptimizerBytes
+from lightning_mics.planner.step import Work, simulate
 from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 
 FORMAT = 1
 _FOLDER = Path(__file__).parent / "results"
-_TIMEOUT = timedelta(seconds=300)
 _STEPS = 5  # that are timed
 _LAYERS_AT_REST = 2
 _IN_FILE = {"H100 80GB HBM3": "h100-80gb", "A100-SXM4-80GB": "a100-80gb", "A100-SXM4-40GB": "a100-40gb"}
@@ -201,10 +201,10 @@ class Training:
 
     def __init__(self, setup: Setup, device: torch.device, layers: int | None = None) -> None:
         self._window = setup.window
-        self._batches = setup.case.batches(device)
+        self._batches = cycle(setup.case.batches(device))
         self._root: MiCSModule = shard(
             setup.build(device, layers),
-            Groups.create(setup.topology, device.type, _TIMEOUT),
+            Groups.create(setup.topology, device.type, one_device.TIMEOUT),
             rung=setup.rung,
             activation_checkpointing=setup.case.checkpointing,
             precision=setup.of_precision,
@@ -219,25 +219,10 @@ class Training:
         self._steps = 0
 
     def step(self) -> None:
-        """An optimizer step, as a Trainer takes it: gradients are cleared between a forward and its backward."""
-        window = self._root.window
-        window.begin(self._steps)
-        for micro in range(self._window):
-            boundary = micro == self._window - 1
-            with torch.enable_grad() if boundary else window.hop_1_only():
-                loss = loss_of(self._root, self._next())
-                if micro == 0:
-                    self._optimizer.zero_grad()
-                with window.backward():
-                    (loss / self._window).backward()
-        window.close()
-        self._optimizer.step()
-        self._root.release()
+        """An optimizer step."""
+        batches = [*islice(self._batches, self._window)]
+        one_device.optimizer_step(self._root, self._optimizer, loss_of, batches, self._steps)
         self._steps += 1
-
-    def _next(self) -> Tensor:
-        self._batches.append(self._batches.pop(0))
-        return self._batches[-1]
 
 
 def take(setup: Setup, device: torch.device) -> Measured:
@@ -264,16 +249,13 @@ def take(setup: Setup, device: torch.device) -> Measured:
 def _timed(training: Training, device: torch.device) -> float:
     start = time.perf_counter()
     training.step()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    one_device.wait(device)
     return time.perf_counter() - start
 
 
 def _rest(device: torch.device) -> None:
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-        torch.accelerator.empty_cache()
+    one_device.wait(device)
+    one_device.clean(device)
 
 
 def taken_by_ranks(setup: Setup, device: torch.device) -> Measured:
@@ -291,15 +273,8 @@ def taken_by_ranks(setup: Setup, device: torch.device) -> Measured:
 
 def _rank(rank: int, setup: Setup, device: torch.device, place: str) -> None:
     torch.set_num_threads(1)
-    _join(rank, setup.ranks, "gloo", Path(place))
-    Path(place, f"{rank}.json").write_text(json.dumps(asdict(take(setup, device))))
-    dist.barrier()  # a rank that leaves early breaks the connection of one that is late
-    dist.destroy_process_group()
-
-
-def _join(rank: int, ranks: int, backend: str, place: Path) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(backend, f"file://{place}/store", timeout=_TIMEOUT, rank=rank, world_size=ranks)
+    with one_device.joined(rank, setup.ranks, "gloo", place):
+        Path(place, f"{rank}.json").write_text(json.dumps(asdict(take(setup, device))))
 
 
 # -- predicting --------------------------------------------------------------------------------------------------------
@@ -308,10 +283,8 @@ def _join(rank: int, ranks: int, backend: str, place: Path) -> None:
 def figures_of(device: torch.device) -> dict[str, Device]:
     """What is known of the device, by source; its memory is all that there is of it."""
     found = {"measured": measured.measure(device, 1)}
-    name = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    known = hardware.devices()
-    entry = next((entry for part, entry in _IN_FILE.items() if part in name), None)
-    return found if entry is None else found | {"hardware file": known[entry]}
+    entry = next((entry for part, entry in _IN_FILE.items() if part in one_device.name_of(device)), None)
+    return found if entry is None else found | {"hardware file": hardware.devices()[entry]}
 
 
 def cluster_of(device: Device, ranks: int, device_type: str) -> Cluster:
@@ -323,13 +296,14 @@ def cluster_of(device: Device, ranks: int, device_type: str) -> Cluster:
 
 def result_of(setup: Setup, took: Measured, figures: dict[str, Device], device_type: str) -> Result:
     """What the planner says, beside it."""
-    seconds, workload = {}, setup.workload()
     rung, topology, batch = Rung.parse(setup.rung), setup.topology, setup.case.batch
-    for source, device in figures.items():
-        planner = Planner(workload, cluster_of(device, setup.ranks, device_type))
-        held = planner.memory(topology, rung, batch, setup.window)
-        if setup.ranks == 1:
-            seconds[source] = planner.step(topology, rung, batch, setup.window).seconds
+    planner = Planner(setup.workload(), cluster_of(figures["measured"], setup.ranks, device_type))
+    held = planner.memory(topology, rung, batch, setup.window)
+    seconds = {}
+    for source, device in figures.items() if setup.ranks == 1 else ():
+        compute, case = Compute(device), planner.case(topology, rung, setup.window)
+        work = Work.of(planner.activations(batch), planner.state(topology), compute, setup.case.checkpointing)
+        seconds[source] = simulate(planner.model, case, replace(planner.cluster, device=device), work, compute).seconds
     return Result(str(setup), took, held.total, held.moment, held.by_kind, seconds)
 
 
@@ -344,15 +318,13 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
 ) -> None:
     """Train on one device, and compare with what the planner says."""
-    here = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
-    here = here if here.type == "cpu" else torch.device(here.type, here.index or 0)
-    name = "cpu" if here.type == "cpu" else torch.cuda.get_device_name(here)
+    here = one_device.chosen(device)
     setups = SETUPS if not case else [setup for each in case for setup in _TINY_SETUPS[each]]
     target = folder or _FOLDER / f"{date.today().isoformat()}-gpu-predicted"
-    circumstances = about(device=name)
+    circumstances = about(device=one_device.name_of(here))
     circumstances["commit"] = commit or circumstances["commit"]
-    with tempfile.TemporaryDirectory() as place:
-        _join(0, 1, "cpu:gloo" if here.type == "cpu" else f"cpu:gloo,{here.type}:nccl", Path(place))
+    backend = "cpu:gloo" if here.type == "cpu" else f"cpu:gloo,{here.type}:nccl"
+    with tempfile.TemporaryDirectory() as place, one_device.joined(0, 1, backend, place):
         figures = figures_of(here)
         results = []
         for setup in setups:
@@ -364,7 +336,6 @@ def main(
             results.append(result_of(setup, took, figures, here.type))
             console.print(table(results[-1:]))
             save(results, figures, circumstances, target)
-        dist.destroy_process_group()
     console.print(table(results))
     console.print(f"results in {target}")
     if len(results) < len(setups):

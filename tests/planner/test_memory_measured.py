@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from benchmarks.one_device import optimizer_step
 from lightning_mics import Topology, memory
 from lightning_mics.groups import Groups
 from lightning_mics.ladder import Rung
@@ -60,18 +61,7 @@ def train(case: Case, layers: int, windows: int) -> None:
     for window in range(windows):
         if window == windows - 1:
             memory.reset_peak(CPU)
-        root.window.begin(window)
-        for micro in range(case.window):
-            boundary = micro == case.window - 1
-            with torch.enable_grad() if boundary else root.window.hop_1_only():
-                value = loss(root, batch)
-                if micro == 0:
-                    optimizer.zero_grad()  # between the first forward and its backward, as Lightning does
-                with root.window.backward():
-                    value.backward()
-        root.window.close()
-        optimizer.step()
-        root.release()
+        optimizer_step(root, optimizer, loss, [batch] * case.window, window)
     root.finish_updates()
 
 
