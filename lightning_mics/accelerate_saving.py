@@ -30,6 +30,7 @@ from lightning_mics.checkpoint import (
 )
 from lightning_mics.checkpoint.agreement import together
 from lightning_mics.offload import backend_with_host
+from lightning_mics.shards import outside_inference_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator as _Base
@@ -130,6 +131,7 @@ class AcceleratorSavingMixin(SaverOwner, _Base):
             )
         return Path(self.project_dir).absolute() / "checkpoints"
 
+    @outside_inference_mode
     def _dump(self, what: Prepared) -> dict[str, Any]:
         """As `Snapshot.take` has it."""
         module = _together(what.models)

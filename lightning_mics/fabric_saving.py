@@ -35,6 +35,7 @@ from lightning_mics.checkpoint.agreement import together
 from lightning_mics.checkpoint.flat import aliases_in
 from lightning_mics.optimizer_shards import parameter_of
 from lightning_mics.sharding import MiCSModule
+from lightning_mics.shards import outside_inference_mode
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
@@ -270,6 +271,7 @@ def _dump(parts: State, filter: Filter) -> dict[str, Any]:
     }
 
 
+@outside_inference_mode
 def _filtered(module: nn.Module, parts: State, filter: Filter) -> dict[str, Any]:
     state = module.state_dict()
     keep = set()

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -33,6 +32,7 @@ from lightning_mics.checkpoint.agreement import together
 from lightning_mics.checkpoint.flat import loader_states
 from lightning_mics.loaders import Place, take_up
 from lightning_mics.sharding import MiCSModule
+from lightning_mics.shards import outside_inference_mode
 from mics_tools import atomic
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ else:
     _Base = object
 
 _LAST = "last"  # ModelCheckpoint.CHECKPOINT_NAME_LAST, unless a user changed it
-
-
-_OUT_OF_INFERENCE = torch.inference_mode(mode=False)
-"""A caller may be in inference mode, in which shards can be neither copied nor written."""
 
 
 class SavingMixin(SaverOwner, _Base):
@@ -65,7 +61,7 @@ class SavingMixin(SaverOwner, _Base):
     # -- save --------------------------------------------------------------------------------------------------------
 
     @override
-    @_OUT_OF_INFERENCE
+    @outside_inference_mode
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
         self.mics.release()
@@ -74,13 +70,11 @@ class SavingMixin(SaverOwner, _Base):
         return state
 
     @override
-    @_OUT_OF_INFERENCE
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         assert self.lightning_module is not None
         return optimizer_state_by_name(self.lightning_module, getattr(optimizer, "optimizer", optimizer))
 
     @override
-    @_OUT_OF_INFERENCE
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+
+outside_inference_mode = torch.inference_mode(mode=False)
+"""For functions that copy or write shards, which torch cannot do in the inference mode that a caller may be in."""
 
 
 def local_part(tensor: Tensor) -> Tensor:

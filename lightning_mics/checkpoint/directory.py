@@ -47,6 +47,7 @@ from lightning_mics.checkpoint.optimizer import (
 from lightning_mics.checkpoint.plain import load_plain, reason
 from lightning_mics.checkpoint.snapshot import Snapshot, Written
 from lightning_mics.checkpoint.verification import Verify, verify_alone, verify_together
+from lightning_mics.shards import outside_inference_mode
 from mics_tools import atomic
 from mics_tools.manifest import NAME as MANIFEST
 from mics_tools.manifest import File, Manifest, TensorEntry, check_kind, file_as_written
@@ -139,7 +140,7 @@ class Checkpoint:
 
     # -- load --------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(mode=False)  # which a caller may be in, and where shards cannot be written
+    @outside_inference_mode
     def load(
         self,
         module: nn.Module,

@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 from lightning_mics._compat import quantized_state
 from lightning_mics.offload import stepped_for
 from lightning_mics.optimizer_shards import parameter_of
-from lightning_mics.shards import local_part, sharded_as
+from lightning_mics.shards import local_part, outside_inference_mode, sharded_as
 
 StateByName = dict[str, Any]
 
 _NOTHING: StateByName = {"state": {}, "param_groups": []}
 
 
+@outside_inference_mode
 def optimizer_state_by_name(module: nn.Module, optimizer: Optimizer) -> StateByName:
     """The optimizer's state dict, with parameter names for indices.
 

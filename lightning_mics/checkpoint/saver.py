@@ -22,6 +22,7 @@ from lightning_mics.checkpoint.agreement import together
 from lightning_mics.checkpoint.directory import Checkpoint
 from lightning_mics.checkpoint.pieces import Writers
 from lightning_mics.checkpoint.snapshot import HostMemory, Snapshot
+from lightning_mics.shards import outside_inference_mode
 from lightning_mics.topology import Topology
 
 PATIENCE = 60.0
@@ -48,6 +49,7 @@ class Saver:
         self._given_up: _Writing | None = None
         self._afterwards: list[Callable[[], None]] = []
 
+    @outside_inference_mode
     def save(
         self,
         path: Path,

@@ -77,7 +77,8 @@ def _resumes(folder: str) -> None:
         run = Run(seeded(2, async_save=True))
         run.epoch()
         run.epoch(last=4)
-        run.accelerator.save_state(f"{folder}/state")
+        with torch.inference_mode():
+            run.accelerator.save_state(f"{folder}/state")
         run.epoch(first=4)
         expected, whole = run.losses[12:], parameters(run.accelerator, run.model)
         run.accelerator.wait_for_save()

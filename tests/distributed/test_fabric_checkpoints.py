@@ -47,6 +47,8 @@ def saved(folder: Path) -> None:
     train(made, model, optimizer, windows=2)
     made.save(folder / "p2", {"model": model, "optimizer": optimizer, "iter": 5, "epoch": 1, "notes": {"lr": [0.1]}})
     made.save(folder / "bare", {"model": model}, filter={"model": lambda name, value: "leave" not in name})
+    with torch.inference_mode():
+        made.save(folder / "within", {"model": model, "optimizer": optimizer})
     before = numbers(model, optimizer)
     losses = train(made, model, optimizer, windows=1, first=2)
 
@@ -59,6 +61,11 @@ def saved(folder: Path) -> None:
         assert_close(numbers(again, stepped), before, f"loaded at p={p}")
         ours = train(other, again, stepped, windows=1, first=2)
         assert_same_losses(ours, losses, f"resumed at p={p}", rtol=0.0 if p == 2 else 1e-6)
+
+    within, stepped = fresh(made)
+    with torch.inference_mode():
+        made.load(folder / "within", {"model": within, "optimizer": stepped})
+    assert_close(numbers(within, stepped), before, "saved and loaded within inference mode")
 
     over_all, stepped = fresh(mics(2, optimizer_state="world"))
     mics(2, optimizer_state="world").load(folder / "p2", {"model": over_all, "optimizer": stepped})
