@@ -4,9 +4,10 @@
     python -m benchmarks.gpu_predicted --device cpu --case "tiny gpt2"   # without one, to see that it runs
 
 One rank is predicted whole: the most that it holds, and an optimizer step's seconds, from the figures that
-`lightning_mics.planner.measured` takes of the device, and where the hardware file has the device, from the file's as
-well. Several ranks share the one device by gloo, as in `benchmarks.gpu_exercise`: what each holds is compared, and no
-time, as they compute in turns.
+`lightning_mics.planner.measured` takes of the device, with a block of the model, as where a fit is planned, and with a
+tiny one, as `mics probe` by itself; and where the hardware file has the device, from the file's as well. Several ranks
+share the one device by gloo, as in `benchmarks.gpu_exercise`: what each holds is compared, and no time, as they compute
+in turns.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from lightning_mics.ladder import Rung
 from lightning_mics.offload import Offload, step_on_host
 from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner import hardware, measured
+from lightning_mics.planner.block_call import BlockCall
 from lightning_mics.planner.compute import Compute
 from lightning_mics.planner.hardware import Cluster, Device, Tier
 from lightning_mics.planner.plan import Planner, Workload
@@ -50,10 +52,11 @@ from lightning_mics.precision import Precision
 from lightning_mics.sharding import MiCSModule, shard
 from lightning_mics.topology import Topology
 
-FORMAT = 1
+FORMAT = 2
 _FOLDER = Path(__file__).parent / "results"
 _STEPS = 5  # that are timed
 _LAYERS_AT_REST = 2
+_ITS_BLOCK, _TINY_BLOCK = "its block", "a tiny block"
 _IN_FILE = {"H100 80GB HBM3": "h100-80gb", "A100-SXM4-80GB": "a100-80gb", "A100-SXM4-40GB": "a100-40gb"}
 """Devices of the hardware file, by a part of the name by which CUDA has them."""
 
@@ -149,7 +152,8 @@ class Result:
         bytes: by the planner.
         moment: at which it says that a rank holds most.
         by_kind: those bytes in parts.
-        seconds: of an optimizer step, by the source of the device's figures; empty with several ranks.
+        figures: of the device, by their source.
+        seconds: of an optimizer step, by the source; empty with several ranks.
     """
 
     setup: str
@@ -157,6 +161,7 @@ class Result:
     bytes: int
     moment: str
     by_kind: dict[str, int]
+    figures: dict[str, Device]
     seconds: dict[str, float]
 
     @property
@@ -282,9 +287,18 @@ def _rank(rank: int, setup: Setup, device: torch.device, place: str) -> None:
 
 def figures_of(device: torch.device) -> dict[str, Device]:
     """What is known of the device, by source; its memory is all that there is of it."""
-    found = {"measured": measured.measure(device, 1)}
+    found = {_TINY_BLOCK: measured.measure(device, 1)}
     entry = next((entry for part, entry in _IN_FILE.items() if part in one_device.name_of(device)), None)
     return found if entry is None else found | {"hardware file": hardware.devices()[entry]}
+
+
+def with_its_block(setup: Setup, device: torch.device, figures: dict[str, Device]) -> dict[str, Device]:
+    """The same, and those where a block of the model was timed."""
+    if setup.ranks > 1:
+        return figures
+    work = setup.workload()
+    block = BlockCall.of(work.module, work.batch(setup.case.batch), work.step, device, precision=work.precision)
+    return {_ITS_BLOCK: measured.measure(device, 1, block)} | figures
 
 
 def cluster_of(device: Device, ranks: int, device_type: str) -> Cluster:
@@ -297,14 +311,14 @@ def cluster_of(device: Device, ranks: int, device_type: str) -> Cluster:
 def result_of(setup: Setup, took: Measured, figures: dict[str, Device], device_type: str) -> Result:
     """What the planner says, beside it."""
     rung, topology, batch = Rung.parse(setup.rung), setup.topology, setup.case.batch
-    planner = Planner(setup.workload(), cluster_of(figures["measured"], setup.ranks, device_type))
+    planner = Planner(setup.workload(), cluster_of(figures[_TINY_BLOCK], setup.ranks, device_type))
     held = planner.memory(topology, rung, batch, setup.window)
     seconds = {}
     for source, device in figures.items() if setup.ranks == 1 else ():
         compute, case = Compute(device), planner.case(topology, rung, setup.window)
         work = Work.of(planner.activations(batch), planner.state(topology), compute, setup.case.checkpointing)
         seconds[source] = simulate(planner.model, case, replace(planner.cluster, device=device), work, compute).seconds
-    return Result(str(setup), took, held.total, held.moment, held.by_kind, seconds)
+    return Result(str(setup), took, held.total, held.moment, held.by_kind, figures, seconds)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -314,12 +328,14 @@ def result_of(setup: Setup, took: Measured, figures: dict[str, Device], device_t
 def main(
     device: Annotated[str, typer.Option(help="By default the accelerator if there is one, else cpu.")] = "",
     case: Annotated[list[str] | None, typer.Option(help="Small ones, to try it out; by default the large.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Only setups of so many ranks.")] = None,
     commit: Annotated[str, typer.Option(help="What is measured, where there is no repository to ask.")] = "",
     folder: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
 ) -> None:
     """Train on one device, and compare with what the planner says."""
     here = one_device.chosen(device)
     setups = SETUPS if not case else [setup for each in case for setup in _TINY_SETUPS[each]]
+    setups = [setup for setup in setups if ranks in (None, setup.ranks)]
     target = folder or _FOLDER / f"{date.today().isoformat()}-gpu-predicted"
     circumstances = about(device=one_device.name_of(here))
     circumstances["commit"] = commit or circumstances["commit"]
@@ -333,24 +349,19 @@ def main(
             except (RuntimeError, ValueError, torch.multiprocessing.ProcessRaisedException) as error:
                 print(f"{setup}: {error}", file=sys.stderr, flush=True)
                 continue  # the others have results of their own
-            results.append(result_of(setup, took, figures, here.type))
+            results.append(result_of(setup, took, with_its_block(setup, here, figures), here.type))
             console.print(table(results[-1:]))
-            save(results, figures, circumstances, target)
+            save(results, circumstances, target)
     console.print(table(results))
     console.print(f"results in {target}")
     if len(results) < len(setups):
         raise typer.Exit(1)
 
 
-def save(results: Sequence[Result], figures: dict[str, Device], about: dict[str, Any], folder: Path) -> None:
+def save(results: Sequence[Result], about: dict[str, Any], folder: Path) -> None:
     """Write everything to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "format": FORMAT,
-        "about": about,
-        "figures": {source: asdict(device) for source, device in figures.items()},
-        "results": [asdict(each) for each in results],
-    }
+    content = {"format": FORMAT, "about": about, "results": [asdict(each) for each in results]}
     (folder / "predicted.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

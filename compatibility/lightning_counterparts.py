@@ -13,7 +13,7 @@ import lightning.fabric.strategies as fabric_strategies
 import lightning.pytorch.strategies as pytorch_strategies
 from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy, always_wrap_policy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 _ACCELERATORS = ("auto", "cuda", "gpu")
 _NAMES = ("auto", "ddp", "fsdp", "single_device")  # and what begins so, as "ddp_spawn"
@@ -109,21 +109,19 @@ def _of_fsdp(asked: Any) -> dict[str, Any]:
 
 
 def blocks(policy: Any) -> Any:
-    """The blocks that an FSDP wrapping policy would choose."""
+    """The blocks that an FSDP wrapping policy would choose: the innermost, as blocks are not nested."""
     if isinstance(policy, ModuleWrapPolicy):
         return policy
-    if policy is always_wrap_policy:
-        return _has_parameters
+
+    def wrapped(module: nn.Module) -> bool:
+        count = sum(param.numel() for param in module.parameters())
+        return count > 0 and bool(policy(module=module, recurse=False, nonwrapped_numel=count))
 
     def chosen(name: str, module: nn.Module) -> bool:
-        count = sum(param.numel() for param in module.parameters())
-        return name != "" and count > 0 and bool(policy(module=module, recurse=False, nonwrapped_numel=count))
+        _, *inside = module.modules()
+        return name != "" and wrapped(module) and not any(map(wrapped, inside))
 
     return chosen
-
-
-def _has_parameters(name: str, module: nn.Module) -> bool:
-    return name != "" and any(True for _ in module.parameters(recurse=False))
 
 
 def _of_model_parallel(asked: Any) -> dict[str, Any]:

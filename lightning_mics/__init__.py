@@ -4,7 +4,10 @@ Importing this package registers the strategy name "mics", so that `Trainer(stra
 `Fabric(strategy="mics")` find it: with `lightning`, and with `pytorch_lightning` and `lightning_fabric`.
 """
 
+import sys
+
 from lightning_mics import fabric, strategy
+from lightning_mics._compat import log_as
 from lightning_mics.checkpoint import consolidate
 from lightning_mics.fabric import MiCSFabricStrategy
 from lightning_mics.network import Network
@@ -16,3 +19,6 @@ __all__ = ["MiCSFabricStrategy", "MiCSStrategy", "Network", "Topology", "__versi
 
 strategy.register()
 fabric.register()
+
+_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric")
+log_as(next(name for name in sys.modules if name in _PACKAGES))  # the one that was imported first

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 # mode that is told of operations. torch has all three under names with an underscore only.
 # Test: tests/planner/test_activations.py.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+
+# What `apply_activation_checkpointing` puts around layers. Test: tests/distributed/test_sharding.py.
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.fsdp import FSDPModule
@@ -33,6 +37,7 @@ __all__ = [
     "HAS_RESET_ITER_STATE",
     "HAS_UNUSED_PARAMS",
     "RESET_METHODS",
+    "CheckpointWrapper",
     "FakeTensor",
     "FakeTensorMode",
     "Prepared",
@@ -46,6 +51,7 @@ __all__ = [
     "in_backward",
     "link_by",
     "loaders_are_the_modules",
+    "log_as",
     "mark_prepared",
     "mark_saved",
     "named_files",
@@ -267,6 +273,17 @@ def script_launcher(tree: str) -> Any:
     "lightning.pytorch" or "pytorch_lightning". Test: tests/test_readme.py.
     """
     return importlib.import_module(f"{tree}.strategies.launchers.subprocess_script")._SubprocessScriptLauncher
+
+
+def log_as(package: str) -> None:
+    """Have Lightning's messages come from the logger that they come from where this package of theirs is used alone.
+
+    There is one for all packages, a module's attribute, and whichever is imported last takes it. This one imports all
+    of them, so that what a user sets for the one in use would change nothing. Test: tests/test_logging.py.
+    """
+    rank_zero: Any = importlib.import_module("lightning_utilities.core.rank_zero")
+    tree = "lightning.pytorch" if package == "lightning" else package
+    rank_zero.log = logging.getLogger(f"{tree}.utilities.rank_zero")
 
 
 def sampler_within(sampler: Any) -> Any:

@@ -43,6 +43,7 @@ from lightning_mics.optimizer_shards import OptimizerState
 from lightning_mics.planner.plan import Workload
 from lightning_mics.planning import Asked, decide
 from lightning_mics.precision import Precision
+from lightning_mics.refusals import check_optimizers
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.successors import Successors, check_state
 from lightning_mics.topology import PartitionSize, Topology
@@ -179,13 +180,14 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
         An optimizer may be made before or after its model is prepared, and prepared with it or without.
 
         Raises:
-            ValueError: for an optimizer whose state cannot be sharded, before any collective; and on every rank where
-                partition_size="auto" finds nothing to plan from, or nothing that fits.
+            ValueError: for an optimizer that cannot step shards, or whose state cannot be sharded, before any
+                collective; and on every rank where partition_size="auto" finds nothing to plan from, or nothing that
+                fits.
         """
         if self._to_be_planned and any(isinstance(obj, nn.Module) for obj in args):
             self._plan(*what_to_plan(args))
         for obj in args:
-            self._check_state(obj)
+            self._check_optimizer(obj)
         sharded = [self.prepare_model(obj) if isinstance(obj, nn.Module) else obj for obj in args]
         return super().prepare(*sharded, device_placement=device_placement)
 
@@ -314,14 +316,15 @@ class MiCSAccelerator(AcceleratorSavingMixin, Accelerator):  # type: ignore[misc
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
         """Have an optimizer step the shards of the models that are prepared, or will be."""
         if not isinstance(optimizer, MiCSOptimizer):
-            self._check_state(optimizer)
+            self._check_optimizer(optimizer)
             optimizer = MiCSOptimizer(optimizer, self.roots, self.scaler)
             mark_prepared(optimizer)
         self._follow(optimizer)
         return super().prepare_optimizer(optimizer)
 
-    def _check_state(self, obj: object) -> None:
+    def _check_optimizer(self, obj: object) -> None:
         if isinstance(obj, Optimizer) and not isinstance(obj, MiCSOptimizer) and self.topology.partition_size > 1:
+            check_optimizers([obj])
             check_state(obj)
 
     def _follow(self, optimizer: MiCSOptimizer) -> None:

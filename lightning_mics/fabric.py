@@ -34,7 +34,7 @@ from lightning_mics.network import Network
 from lightning_mics.offload import Offload, check_scaler, step_on_host
 from lightning_mics.optimizer_shards import OptimizerState, parameter_of
 from lightning_mics.own_loop import Backward, OwnLoop
-from lightning_mics.refusals import check_checkpoint_io
+from lightning_mics.refusals import check_checkpoint_io, check_optimizers
 from lightning_mics.running import RunningMixin, register_in
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.shards import local_part
@@ -200,8 +200,8 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         """The same, and the optimizers go on with the shards; they were made of the whole parameters.
 
         Raises:
-            ValueError: before anything is sharded, for an optimizer with parameters of another module, or with state
-                that cannot be sharded.
+            ValueError: before anything is sharded, for an optimizer with parameters of another module, with state that
+                cannot be sharded, or that cannot step shards.
         """
         own = {id(param) for param in module.parameters()}
         for optimizer in optimizers:
@@ -217,7 +217,8 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         """Have an optimizer step the shards of modules that were set up, whether it was made before or after that.
 
         Raises:
-            ValueError: for an optimizer with other parameters; under `optimizer_state="world"` for a module's second.
+            ValueError: for an optimizer with other parameters, or that cannot step shards; under
+                `optimizer_state="world"` for a module's second.
         """
         self._check(optimizer, set())
         self._successors.follow(optimizer)
@@ -252,6 +253,8 @@ class MiCSFabricStrategyMixin(FabricSavingMixin, RunningMixin, _Base):
         return [root for ref in refs if (root := ref()) is not None]
 
     def _check(self, optimizer: Optimizer, own: set[int]) -> None:
+        if self.topology.partition_size > 1:
+            check_optimizers([optimizer])
         for number, group in enumerate(optimizer.param_groups):
             for param in map(parameter_of, group["params"]):
                 if id(param) not in own and param not in self._root_of and not self._successors.knows(param):

@@ -28,18 +28,17 @@ from lightning_mics.checkpoint import (
     is_remote,
     load_whole_optimizer_state,
     load_whole_state_dict,
-    number_parameters,
     optimizer_state_by_name,
 )
 from lightning_mics.checkpoint.agreement import together
 from lightning_mics.checkpoint.flat import aliases_in
+from lightning_mics.checkpoint.user_keys import RECORD, under_user_keys
 from lightning_mics.optimizer_shards import parameter_of
 from lightning_mics.sharding import MiCSModule
 from lightning_mics.shards import outside_inference_mode
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
-_RECORD = "fabric"
 # Under which a user counts steps, and epochs; a manifest tells the first that there is.
 _STEPS = ("global_step", "step", "step_count", "iter", "iter_num", "iteration")
 _EPOCHS = ("epoch", "current_epoch")
@@ -185,7 +184,8 @@ class FabricSavingMixin(SaverOwner):
             if file is not None:
                 return file.read(weights_only)
             read = partial(Checkpoint(where).read, weights_only, verify=self._verify)
-            return _under_keys(together(read, f"cannot read {where}"))
+            whole = together(read, f"cannot read {where}")
+            return under_user_keys(whole) if RECORD in whole else whole
         parts = together(lambda: State.of(state), f"cannot load {where}")
         for root in parts.roots.values():
             _begin_anew(root)
@@ -208,7 +208,7 @@ class FabricSavingMixin(SaverOwner):
     ) -> dict[str, Any]:
         checkpoint.verify(self._verify, optimizers=bool(parts.optimizers))
         beside = checkpoint.beside(weights_only)
-        record = beside.get(_RECORD, {})
+        record = beside.get(RECORD, {})
         optimizers = together(lambda: _fitting(parts, record, strict), f"cannot load {checkpoint.path}")
         checkpoint.load(parts.module, optimizers, strict=strict, weights_only=weights_only, verify=Verify.OFF)
         kept: dict[str, Any] = record.get("state", {})
@@ -267,7 +267,7 @@ def _dump(parts: State, filter: Filter) -> dict[str, Any]:
         "global_step": _counted(rest, _STEPS),
         "epoch": _counted(rest, _EPOCHS),
         "pytorch-lightning_version": lightning.__version__,
-        _RECORD: {"modules": [*parts.roots], "optimizers": [*parts.optimizers], "state": rest},
+        RECORD: {"modules": [*parts.roots], "optimizers": [*parts.optimizers], "state": rest},
     }
 
 
@@ -339,18 +339,3 @@ def _load_whole(saved: dict[str, Any], parts: State, strict: bool) -> None:
         load_whole_state_dict(root.module, saved.pop(key), strict)
     for key, optimizer in parts.optimizers.items():
         load_whole_optimizer_state(parts.module, optimizer, saved.pop(key))
-
-
-def _under_keys(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A whole checkpoint under the user's keys; optimizer state numbered, as torch's optimizers load it."""
-    record = checkpoint.get(_RECORD)
-    if record is None:
-        return checkpoint
-    state, keys = checkpoint["state_dict"], record["modules"]
-    prefixes = {keys[0]: ""} if len(keys) == 1 else {key: f"{key}." for key in keys}
-    modules = {
-        key: {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        for key, prefix in prefixes.items()
-    }
-    optimizers = zip(record["optimizers"], checkpoint["optimizer_states"], strict=True)
-    return {**modules, **{key: number_parameters(each) for key, each in optimizers}, **record["state"]}

@@ -24,6 +24,13 @@ _CALLBACKS = {
         "plans the batch from shapes and memory"
     ),
 }
+# Those that shard, by name; each rank would step its own part of what is a part already.
+_SHARDING = {
+    "ZeroRedundancyOptimizer": (
+        "shards the optimizer state, which is sharded already: over the partition group, or with "
+        'optimizer_state="world" over all ranks; use the optimizer that it was given as optimizer_class'
+    ),
+}
 _MEANS = "takes norms of whole rows and columns, which torch cannot take of shards"
 # torch's, and others' of the same name.
 _OPTIMIZERS = {
@@ -76,6 +83,8 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
                 "(torchao.optim.AdamW8bit), or keep parameters whole: partition_size=1"
             )
         for base in type(optimizer).__mro__:
+            if base.__name__ in _SHARDING:
+                raise ValueError(f"{type(optimizer).__name__} {_SHARDING[base.__name__]}")
             if base.__name__ in _OPTIMIZERS:
                 raise ValueError(
                     f"{type(optimizer).__name__} {_OPTIMIZERS[base.__name__]}; choose an optimizer that treats "

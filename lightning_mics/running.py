@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from lightning_mics._compat import script_launcher
+from lightning_mics._compat import log_as, script_launcher
 from lightning_mics.arguments import compile_arguments, root_of
 from lightning_mics.blocks import BlockChoice
 from lightning_mics.climb import Budget
@@ -76,6 +76,7 @@ class RunningMixin:
         process_group_backend: str | None,
         timeout: timedelta | None,
     ) -> None:
+        log_as(self._tree.split(".")[0])
         self._partition_size: PartitionSize = partition_size
         self._ranks_per_node = ranks_per_node
         self._blocks = blocks

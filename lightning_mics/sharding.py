@@ -25,7 +25,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from lightning_mics._compat import hooks_on, in_backward, reduce_unused_params, reset_iter_state
 from lightning_mics.accounting import Account, WireBytes
@@ -52,6 +51,7 @@ from lightning_mics.network import Network
 from lightning_mics.offload import Offload, check_backend, empty_on_host, policy
 from lightning_mics.optimizer_shards import OptimizerShards, check_optimizer
 from lightning_mics.precision import Precision
+from lightning_mics.recompute import already_recomputing, checkpoint_activations
 from lightning_mics.repeats import check_repeat
 from lightning_mics.residency import Residency
 from lightning_mics.two_hop import HOOKED, Bucket, Window
@@ -408,11 +408,12 @@ def shard(
     _check_dtypes(slots)
 
     _equalize_user_shards(module, groups)
+    recomputing = already_recomputing(found) if activation_checkpointing else ()
     seed = common_seed(groups.device)
     materialize(module, _modules_outside(module, found), groups.device, seed)
     for block in found:
         materialize(module, _modules_within(block), groups.device, seed)
-        if activation_checkpointing:
+        if activation_checkpointing and block not in recomputing:
             checkpoint_activations(block.module)
         if compile is not None:  # the forward alone: hooks, which gather, stay outside the graph
             block.module.forward = torch.compile(block.module.forward, **compile)  # type: ignore[method-assign]
@@ -611,16 +612,3 @@ def _equalize_user_shards(module: nn.Module, groups: Groups) -> None:
     for param in module.parameters():
         if isinstance(param, DTensor):
             dist.broadcast(param.to_local().detach(), src=source, group=groups.replication_group)
-
-
-def checkpoint_activations(module: nn.Module) -> None:
-    """Recompute `module`'s forward in backward. On the instance, so that neither its class nor its names change."""
-    plain: Callable[..., Any] = module.forward
-
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if module.training and torch.is_grad_enabled():
-            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
-        return plain(*args, **kwargs)
-
-    module.forward = forward  # type: ignore[method-assign]

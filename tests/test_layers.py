@@ -35,7 +35,7 @@ ROWS = (
     {"exchange", "native"},
     {"pipelined"},
     {"wire", "blocks", "materialize", "usage"},
-    {"comms", "block_order"},
+    {"comms", "block_order", "recompute"},
     {"optimizer_shards"},
     {"two_hop", "offload"},
     {"accounting"},

@@ -30,6 +30,7 @@ from lightning_mics.checkpoint.optimizer import (
     paired,
 )
 from lightning_mics.checkpoint.plain import load_plain
+from lightning_mics.checkpoint.user_keys import RECORD, under_user_keys
 from lightning_mics.checkpoint.verification import Verify
 from mics_tools import atomic
 
@@ -48,8 +49,10 @@ def consolidate(
     as they were; random state is left out, as Lightning keeps none. Needs no process group; the whole checkpoint has
     to fit this process's memory.
 
+    What `fabric.save` wrote becomes the file that Fabric writes where nothing is sharded, with the user's keys.
+
     Args:
-        directory: what `Trainer(strategy="mics")` saved.
+        directory: what `Trainer(strategy="mics")` or `Fabric(strategy="mics")` saved.
         file: to write; one that exists is replaced when the new one is complete.
         weights_only: of `torch.load`, for what Lightning keeps beside tensors. False lets it run the code of objects
             that a module saved, so only for a checkpoint from a trusted source.
@@ -63,7 +66,9 @@ def consolidate(
     if file.is_dir():
         raise IsADirectoryError(f"file={str(file)!r} is a directory; name a file, as {str(file / 'whole.ckpt')!r}")
     checkpoint = Checkpoint(directory).read(weights_only, verify=Verify.parse(verify, "verify"))
-    if "optimizer_states" in checkpoint:
+    if RECORD in checkpoint:
+        checkpoint = under_user_keys(checkpoint)
+    elif "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = [number_parameters(state) for state in checkpoint["optimizer_states"]]
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = atomic.aside(file)

@@ -29,7 +29,7 @@ from lightning_mics.planner.compute import Operator
 from lightning_mics.planner.fakes import Integers, as_inputs, fakes_of, run_on
 from lightning_mics.planner.meter import Live, Meter, Recorded
 from lightning_mics.precision import Precision
-from lightning_mics.sharding import checkpoint_activations
+from lightning_mics.recompute import checkpoint_activations
 
 Step = Callable[[nn.Module, Any], Tensor]
 

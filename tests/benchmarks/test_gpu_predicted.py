@@ -16,7 +16,7 @@ from lightning_mics.optimizer_shards import OptimizerState
 
 
 def test_errors_are_shares_of_what_was_measured_and_of_the_fullest_rank() -> None:
-    result = Result("", Measured([80, 100], [0, 0], [3.0, 2.0, 1.0]), 110, "", {}, {"measured": 1.5})
+    result = Result("", Measured([80, 100], [0, 0], [3.0, 2.0, 1.0]), 110, "", {}, {}, {"measured": 1.5})
     assert result.memory_error == pytest.approx(0.10)
     assert result.seconds_error("measured") == pytest.approx(-0.25)
 
@@ -42,6 +42,7 @@ def test_the_command(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "predicted.json").read_text())
     assert content["about"]["commit"] == "this one"
     one, several = content["results"]
-    assert len(one["measured"]["seconds"]) == 5 and one["seconds"]["measured"] > 0
+    assert len(one["measured"]["seconds"]) == 5 and all(each > 0 for each in one["seconds"].values())
+    assert one["seconds"].keys() == one["figures"].keys() == {"its block", "a tiny block"}
     assert len(several["measured"]["grown"]) == 2 and not several["measured"]["seconds"]
     assert several["bytes"] == sum(several["by_kind"].values()) > 0

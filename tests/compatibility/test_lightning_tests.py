@@ -170,6 +170,9 @@ def test_names_devices_and_policies() -> None:
     large = counterparts.blocks(lambda module, recurse, nonwrapped_numel: nonwrapped_numel > 10)
     assert [name for name, module in model.named_modules() if every(name, module)] == ["0", "2"]
     assert [name for name, module in model.named_modules() if large(name, module)] == ["2"]
+    nested = nn.Sequential(model, nn.Linear(2, 2))
+    assert [name for name, module in nested.named_modules() if every(name, module)] == ["0.0", "0.2", "1"]
+    assert [name for name, module in nested.named_modules() if large(name, module)] == ["0.2"]
 
 
 def test_the_nearest_tag() -> None:

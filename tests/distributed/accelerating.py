@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mics.accelerate import MiCSAccelerator
-from tests.distributed.toys import WIDTH, Layer, wholes
+from tests.distributed.toys import WIDTH, Layer, device, wholes
 
 
 class Net(nn.Module):
@@ -46,9 +46,13 @@ def data(samples: int = 88, **options: Any) -> DataLoader[Any]:
 def launched() -> Iterator[None]:
     """As a launcher starts ranks, and without what another accelerator has left in this process."""
     os.environ["RANK"] = str(dist.get_rank())
-    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size() if on_cpu() else 1)
     fresh()
     yield
+
+
+def on_cpu() -> bool:
+    return device().type == "cpu"
 
 
 def fresh() -> None:
@@ -58,13 +62,13 @@ def fresh() -> None:
 
 def ours(partition_size: Any = 2, **options: Any) -> MiCSAccelerator:
     fresh()
-    return MiCSAccelerator(partition_size, cpu=True, **options)
+    return MiCSAccelerator(partition_size, cpu=on_cpu(), **options)
 
 
 def theirs(**options: Any) -> Accelerator:
     """Which is DDP on these ranks."""
     fresh()
-    return Accelerator(cpu=True, **options)
+    return Accelerator(cpu=on_cpu(), **options)
 
 
 def parameters(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:

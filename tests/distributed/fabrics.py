@@ -7,13 +7,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_mics import MiCSFabricStrategy
-from tests.distributed.toys import WIDTH, Batch, Layer, batch_of
+from tests.distributed.toys import WIDTH, Batch, Layer, batch_of, device, ranks_by_node
 
 WINDOW = 3
 
@@ -37,11 +36,11 @@ class Net(nn.Module):
 def seeded(make: Callable[[], nn.Module] = Net, seed: int = 7) -> Any:
     """A module with the same values on every rank and in every call."""
     torch.manual_seed(seed)
-    return make()
+    return make().to(device())
 
 
 def fabric(strategy: Any, precision: Any = None) -> Fabric:
-    made = Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, precision=precision)
+    made = Fabric(strategy=strategy, precision=precision, **ranks_by_node())
     made.launch()
     return made
 

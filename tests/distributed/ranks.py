@@ -2,6 +2,9 @@
 
 Processes come from a fork server that has torch and Lightning imported, so that a test with four ranks starts in
 half a second. The function is a module-level one; what it returns on each rank comes back as a list.
+
+`DEVICE` in their environment has ranks share an accelerator: each is a node then, as nodes have devices of their own.
+They send by gloo; one rank alone has NCCL, which wants a device for each process.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from tests.ports import reserved_port
+
+DEVICE = "MICS_TEST_DEVICE"
+"""In the environment, the type of the device that ranks compute on; by default "cpu"."""
 
 _context = multiprocessing.get_context("forkserver")
 # What the tests import, too: a rank that imports it by itself spends four seconds on that.
@@ -106,11 +112,14 @@ def _main(
     import torch
     import torch.distributed as dist
 
+    device = env.get(DEVICE, "cpu")
+    node, local = (0, rank) if device == "cpu" else (rank, 0)
+    backend = "gloo" if device == "cpu" or world_size > 1 else f"cpu:gloo,{device}:nccl"
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        LOCAL_RANK=str(rank),
-        NODE_RANK="0",
+        LOCAL_RANK=str(local),
+        NODE_RANK=str(node),
         WORLD_SIZE=str(world_size),
         GLOO_SOCKET_IFNAME="lo",
         **env,
@@ -118,7 +127,7 @@ def _main(
     torch.set_num_threads(1)
     os.chdir(folder)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=patience))
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=patience))
         result = function(*args)
         dist.barrier()  # a rank that leaves early breaks the connection of one that is late to make it
         dist.destroy_process_group()

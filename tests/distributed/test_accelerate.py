@@ -21,7 +21,7 @@ from compatibility.accelerate_scripts import environment, read
 from tests.distributed.accelerating import Net, data, launched, ours, parameters, theirs
 from tests.distributed.counting import collectives
 from tests.distributed.ranks import run_ranks
-from tests.distributed.toys import assert_close, assert_same_losses
+from tests.distributed.toys import assert_close, assert_same_losses, device
 from tests.ports import reserved_port
 from tests.raising import raised
 
@@ -33,7 +33,7 @@ def batches(rank: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Of this rank, without end."""
     generator = torch.Generator().manual_seed(dist.get_rank() if rank is None else rank)
     while True:
-        x = torch.randn(2, 8, generator=generator)
+        x = torch.randn(2, 8, generator=generator).to(device())
         yield x, torch.tanh(x[:, :3].cumsum(1) + x[:, 3:6])
 
 
@@ -369,7 +369,7 @@ def scaled() -> None:
     """An infinity on one rank alone has all ranks skip the step; in fp16 the gradient scaler runs on CUDA alone."""
     for options in ({}, {"optimizer_state": "world"}):
         accelerator = ours(**options)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        accelerator.scaler = torch.amp.GradScaler(device().type, init_scale=1024.0)
         model = Net()
         model, optimizer = accelerator.prepare(model, adam(model))
         skipped, before, data = [], parameters(accelerator, model), batches()
@@ -412,6 +412,9 @@ def refused() -> None:
     accelerator.prepare(torch.optim.SGD(layers, lr=0.1))
     says = raised(lambda: accelerator.prepare(torch.optim.SGD(rest, lr=0.1)))
     assert "shards one optimizer of a model, and this is its second" in says, says
+    fresh = Net()
+    says = raised(lambda: accelerator.prepare(fresh, torch.optim.Adafactor(fresh.parameters())))
+    assert "Adafactor takes norms of whole rows and columns" in says, says
     x, _ = next(batches())
     model(x)
     says = raised(lambda: model(x))

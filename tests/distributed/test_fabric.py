@@ -563,7 +563,8 @@ def mistakes() -> None:
     module = Net()
     parts = [adamw(module.enter.parameters()), adamw(module.leave.parameters())]
     assert "this is its second" in raised(lambda: several.setup(module, *parts))
-    assert "LBFGS" in raised(lambda: set_up(several, optimizer=lbfgs))
+    assert "LBFGS runs several forwards" in raised(lambda: set_up(mics(1, optimizer_state="world"), optimizer=lbfgs))
+    assert "LBFGS lays all parameters out as one vector" in raised(lambda: set_up(mics(2), optimizer=lbfgs))
 
 
 def everything_else() -> None:

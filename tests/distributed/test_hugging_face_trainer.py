@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lightning_mics.hugging_face_trainer import MiCSSeq2SeqTrainer, MiCSTrainer
-from tests.distributed.accelerating import fresh, launched
+from tests.distributed.accelerating import fresh, launched, on_cpu
 from tests.distributed.ranks import run_ranks
 from tests.distributed.toys import assert_close, assert_same_losses, parameters
 from tests.raising import raised
@@ -35,7 +35,7 @@ def samples(count: int) -> list[dict[str, torch.Tensor]]:
 
 def arguments(folder: str, **options: Any) -> TrainingArguments:
     usual = {
-        "use_cpu": True,
+        "use_cpu": on_cpu(),
         "ddp_backend": "gloo",
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 2,

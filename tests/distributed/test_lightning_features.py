@@ -474,6 +474,9 @@ def test_refusals_name_what_to_use_instead() -> None:
     for optimizer in (torch.optim.LBFGS(params), torch.optim.Adafactor(params), torch.optim.Rprop(params)):
         with pytest.raises(ValueError, match=r"choose an optimizer .* as AdamW or SGD, or keep parameters whole"):
             check_optimizers([optimizer])
+    sharding = type("ZeroRedundancyOptimizer", (torch.optim.AdamW,), {})
+    with pytest.raises(ValueError, match=r'sharded already: .* optimizer_state="world" over all ranks; use the'):
+        check_optimizers([sharding(params)])
     foreign = type("AdamW8bit", (torch.optim.AdamW,), {"__module__": "bitsandbytes.optim.adamw"})
     with pytest.raises(ValueError, match=r"AdamW8bit of bitsandbytes .* use torchao's .* partition_size=1"):
         check_optimizers([foreign(params)])

@@ -121,13 +121,14 @@ def _other_loops() -> None:
 
         losses.append(fabrics.train(fabric, model, optimizer, before_step=clip))
         found.append(parameters(model.module))
-    for how in (None, *HOW):
-        accelerator = accelerating.ours(offload=how, gradient_accumulation_steps=2)
-        net = accelerating.Net()
-        adam = torch.optim.AdamW(net.parameters(), lr=1e-2)
-        model, adam, data = accelerator.prepare(net, adam, accelerating.data(24))
-        losses.append([_accelerated(accelerator, model, adam, batch) for batch in data])
-        found.append(accelerating.parameters(accelerator, model))
+    with accelerating.launched():
+        for how in (None, *HOW):
+            accelerator = accelerating.ours(offload=how, gradient_accumulation_steps=2)
+            net = accelerating.Net()
+            adam = torch.optim.AdamW(net.parameters(), lr=1e-2)
+            model, adam, data = accelerator.prepare(net, adam, accelerating.data(24))
+            losses.append([_accelerated(accelerator, model, adam, batch) for batch in data])
+            found.append(accelerating.parameters(accelerator, model))
     for first in (0, 3):
         for index in (first + 1, first + 2):
             assert_same_losses(losses[index], losses[first], "another's loop")
@@ -161,8 +162,7 @@ def _refused() -> list[str]:
 
 
 def _by_hand_in_other_loops_and_refused() -> list[str]:
-    with accelerating.launched():
-        _other_loops()
+    _other_loops()
     _steps_by_hand()
     return _refused()
 

@@ -32,7 +32,7 @@ class Samples(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         x, y = batch_of(index, 0, size=1)
-        return x[0] + 0.01 * torch.randn(8), y[0]
+        return x[0] + 0.01 * torch.randn(8).to(x.device), y[0]
 
 
 class Data(pl.LightningDataModule):

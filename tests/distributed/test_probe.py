@@ -156,15 +156,15 @@ def test_ranks_of_a_node_share_a_link_of_a_known_rate(tmp_path: Path) -> None:
     rate = 4e8
     if reason := unavailable():
         pytest.skip(reason)
-    file, found = tmp_path / "network.json", list[float]()
+    file, off = tmp_path / "network.json", list[float]()
     script = tmp_path / "probe.py"
     script.write_text(_IN_FEWER_ROUNDS.format(output=str(file)))
     with VirtualCluster(nodes=2, ranks_per_node=2, link=Link(rate)) as cluster:
-        while len(found) < 4 and max(found, default=0.0) < 0.8 * rate:  # a busy machine may be slower than its link
+        while len(off) < 4 and min(off, default=1.0) > 0.2:  # a busy machine's lines fit badly, either way
             cluster.torchrun(str(script), timeout=900)
             network = Network.load(file)
-            found.append(2 * 8 * network.inter.bandwidth)
-    assert max(found) == pytest.approx(rate, rel=0.2)  # and nothing is faster
+            off.append(abs(2 * 8 * network.inter.bandwidth / rate - 1))
+    assert min(off) < 0.2
     assert network.intra.bandwidth > network.inter.bandwidth
     content = json.loads(file.read_text())
     assert (content["nodes"], content["ranks_per_node"], content["backend"]) == (2, 2, "gloo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -303,6 +305,47 @@ def test_activation_checkpointing_saves_less_and_changes_no_bit() -> None:
     ):
         assert actual == expected
         assert saved < plain / 2
+
+
+def _forwards(by_user: Callable[[GPT2LMHeadModel], object], asked: bool) -> tuple[int, list[str]]:
+    """How often the first layer's MLP runs forward in a training step, and what was warned of."""
+    module, count = gpt(), 0
+    by_user(module)
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    module.transformer.h[0].mlp.c_fc.register_forward_hook(note)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        root = shard(module, groups_of(2), activation_checkpointing=asked)
+    tokens = torch.zeros(1, SEQ, dtype=torch.long)
+    loss = root(input_ids=tokens, labels=tokens).loss
+    with root.window.backward():
+        loss.backward()
+    root.window.close()
+    return count, [str(each.message) for each in caught if "activation_checkpointing" in str(each.message)]
+
+
+def _wrapped(module: nn.Module) -> None:
+    apply_activation_checkpointing(module, check_fn=lambda layer: type(layer).__name__ == "GPT2MLP")
+
+
+def _recomputed_once() -> list[tuple[int, list[str]]]:
+    ways = (lambda _: None, _wrapped, lambda module: module.gradient_checkpointing_enable())
+    return [_forwards(way, asked) for way in ways for asked in (False, True)]
+
+
+def test_what_the_user_recomputes_is_not_recomputed_twice() -> None:
+    for rank, found in enumerate(run_ranks(4, _recomputed_once)):
+        assert [count for count, _ in found] == [1, 2, 2, 2, 2, 2]
+        told = [
+            "the model already contains checkpointed layers, which are left as they are: transformer.h.0" in text[0]
+            for _, text in found
+            if text
+        ]
+        assert told == [True, True] * (rank == 0)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

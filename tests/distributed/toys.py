@@ -5,6 +5,7 @@ The functions here run on a rank: the default process group is set up.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_mics import MiCSStrategy
+from tests.distributed.ranks import DEVICE
 
 WIDTH = 12
 
@@ -26,10 +28,21 @@ Batch = tuple[Tensor, Tensor]
 Key = TypeVar("Key")
 
 
+def device() -> torch.device:
+    """What ranks compute on."""
+    return torch.device(os.environ.get(DEVICE, "cpu"))
+
+
+def ranks_by_node() -> dict[str, Any]:
+    """For a Trainer or a Fabric: the CPU that ranks share as one node's, or an accelerator, each as a node's own."""
+    ranks, shared = dist.get_world_size(), device() != torch.device("cpu")
+    return {"accelerator": device().type} | ({"devices": 1, "num_nodes": ranks} if shared else {"devices": ranks})
+
+
 def batch_of(index: int, rank: int, size: int = 2) -> Batch:
     """The batch of a micro-step on a rank: the same numbers wherever it is asked for."""
     generator = torch.Generator().manual_seed(1000 * index + rank)
-    x = torch.randn(size, 8, generator=generator)
+    x = torch.randn(size, 8, generator=generator).to(device())
     return x, torch.tanh(x[:, :3].cumsum(1) + x[:, 3:6])
 
 
@@ -120,14 +133,12 @@ class Toy(pl.LightningModule):
 def seeded(cls: type[Toy], seed: int = 7, **options: Any) -> Any:
     """`cls(**options)` with the same values on every rank and in every call."""
     torch.manual_seed(seed)
-    return cls(**options)
+    return cls(**options).to(device())
 
 
 def trainer(strategy: Any, **options: Any) -> pl.Trainer:
     """A Trainer on this process group that writes and prints nothing unless told."""
     quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": dist.get_world_size(),
         "max_epochs": 1,
         "logger": False,
         "enable_checkpointing": False,
@@ -135,7 +146,7 @@ def trainer(strategy: Any, **options: Any) -> pl.Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    return pl.Trainer(strategy=strategy, **(quiet | options))
+    return pl.Trainer(strategy=strategy, **(ranks_by_node() | quiet | options))
 
 
 def mics(partition_size: int = 2, **options: Any) -> MiCSStrategy:
@@ -199,7 +210,7 @@ def assert_close(actual: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], w
     """The same names, and every tensor within `atol` (bit for bit by default)."""
     if actual.keys() != expected.keys():
         raise AssertionError(f"{what}: {sorted(map(str, actual.keys() ^ expected.keys()))} on one side only")
-    far = {key: (actual[key] - expected[key]).abs().max().item() for key in actual}
+    far = {key: (actual[key].cpu() - expected[key].cpu()).abs().max().item() for key in actual}
     worst = max(far, key=lambda key: far[key])
     if not far[worst] <= atol:
         raise AssertionError(f"{what}: {worst} differs by {far[worst]:.3g}, allowed {atol}")
