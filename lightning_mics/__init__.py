@@ -20,5 +20,4 @@ __all__ = ["MiCSFabricStrategy", "MiCSStrategy", "Network", "Topology", "__versi
 strategy.register()
 fabric.register()
 
-_PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric")
-log_as(next(name for name in sys.modules if name in _PACKAGES))  # the one that was imported first
+log_as(next(name for name in sys.modules if name in ("lightning", "pytorch_lightning")))  # the first that was imported

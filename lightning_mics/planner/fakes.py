@@ -44,10 +44,10 @@ class _Holder(nn.Module):
 
 
 def as_input(tensor: Tensor) -> Tensor:
-    """A fake tensor of the same shape and dtype; integers that have values keep them, see `Integers`."""
-    if _is_integral(tensor) and not tensor.is_meta:
+    """A fake tensor of the same shape and dtype; integers keep the values that they have, or are 0, see `Integers`."""
+    if _is_integral(tensor):
         with unset_fake_temporarily():
-            return tensor.detach().cpu().clone()
+            return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().cpu().clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 

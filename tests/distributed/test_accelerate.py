@@ -149,7 +149,7 @@ def loop(accelerator: Accelerator, model: nn.Module, *optimizers: Any, steps: in
 
 def with_state(accelerator: Accelerator) -> Run:
     """An optimizer that has stepped before it is prepared."""
-    model = Net()
+    model = Net().to(device())
     optimizer = adam(model)
     x, y = next(batches(0))
     mse(model(x), y).backward()

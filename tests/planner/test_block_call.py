@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_mics._compat import FakeTensorMode
 from lightning_mics.planner.block_call import BlockCall
+from lightning_mics.planner.fakes import Integers, as_input
 from lightning_mics.precision import Precision
 from tests.planner.models import gpt2, loss, tokens
 
@@ -68,6 +70,15 @@ def test_integers_keep_their_values_and_16_bits_travel() -> None:
     called = BlockCall.of(Odd(places), torch.ones(2, 4), _mean, CPU, Layer, Precision(param_dtype=torch.bfloat16))
     assert called.args[1].tolist() == [7, 3] and called.args[1] is not places
     assert {param.dtype for param in called.blocks[0].parameters()} == {torch.bfloat16}
+
+
+def test_integers_without_values_are_zeros() -> None:
+    """A buffer that is an index, of a module on the meta device: what lies in memory would be out of its bounds."""
+    dirt = [torch.full((100,), 7) for _ in range(100)]
+    del dirt
+    with FakeTensorMode(), Integers():
+        found = as_input(torch.empty(100, dtype=torch.long, device="meta"))
+    assert torch.equal(found, torch.zeros(100, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
