@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_predicted                                   # one GPU, two minutes
     python -m benchmarks.gpu_predicted --device cpu --case "tiny gpt2"   # without one, to see that it runs
+    python -m benchmarks.gpu_predicted --again FOLDER                    # the planner as it is now; nothing is measured
 
 One rank is predicted whole: the most that it holds, and an optimizer step's seconds, from the figures that
 `lightning_mics.planner.measured` takes of the device, with a block of the model, as where a fit is planned, and with a
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -331,8 +332,12 @@ def main(
     ranks: Annotated[int | None, typer.Option(help="Only setups of so many ranks.")] = None,
     commit: Annotated[str, typer.Option(help="What is measured, where there is no repository to ask.")] = "",
     folder: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
+    again: Annotated[Path | None, typer.Option(help="Results to predict once more.")] = None,
 ) -> None:
     """Train on one device, and compare with what the planner says."""
+    if again is not None:
+        console.print(table(predicted_again(again)))
+        return
     here = one_device.chosen(device)
     setups = SETUPS if not case else [setup for each in case for setup in _TINY_SETUPS[each]]
     setups = [setup for setup in setups if ranks in (None, setup.ranks)]
@@ -356,6 +361,24 @@ def main(
     console.print(f"results in {target}")
     if len(results) < len(setups):
         raise typer.Exit(1)
+
+
+def predicted_again(folder: Path) -> list[Result]:
+    """What was measured before, with what the planner says now of the same figures."""
+    content = json.loads((folder / "predicted.json").read_text())
+    if content["format"] != FORMAT:
+        raise ValueError(f"{folder} is of format {content['format']}, and {FORMAT} is read; measure again")
+    setups = {str(setup): setup for setup in (*SETUPS, *chain(*_TINY_SETUPS.values()))}
+    device_type = "cuda" if content["about"]["options"]["device"] != "cpu" else "cpu"
+    return [
+        result_of(
+            setups[each["setup"]],
+            Measured(**each["measured"]),
+            {source: Device(**device) for source, device in each["figures"].items()},
+            device_type,
+        )
+        for each in content["results"]
+    ]
 
 
 def save(results: Sequence[Result], about: dict[str, Any], folder: Path) -> None:

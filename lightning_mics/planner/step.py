@@ -143,7 +143,6 @@ class Pricing:
         self._costs = Costs(cluster)
         self._host, self._case = host or Host(), case
         self._trained = {unit: sum(p.nbytes for p in each.trainable) for unit, each in model.units.items()}
-        self._sizes = {unit: [p.nbytes for p in each.parameters] for unit, each in model.units.items()}
         self._per_node = case.topology.ranks_per_node
         self._form = case.form or (Form.EXCHANGE if case.on_cpu else Form.PIPELINED)
         self._on_cpu = case.on_cpu
@@ -202,18 +201,7 @@ class Pricing:
             seconds += self._host.seconds(Part.KEEP, Thread.COMPUTING, nbytes)
         if self._case.topology.partition_size == 1:  # what is gathered, and its gradients, otherwise say so themselves
             seconds += self._over_link(nbytes * (2 if task.kind == Kind.BACKWARD else 1))
-            seconds += self._brought(task)
         return seconds
-
-    def _brought(self, task: Task) -> float:
-        """Seconds where a shard is the whole, in another dtype or memory: parameters are cast and copied one by one."""
-        parameters = self._case.rung.parameters
-        again = parameters == Parameters.BLOCK and task.kind == Kind.BACKWARD and task.unit is not None
-        first = task.kind == Kind.FORWARD and (parameters != Parameters.WINDOW or not task.micro_step)
-        narrowed = self._case.precision.param_dtype is not None
-        if not (again or first) or not (narrowed or self._case.shards_on_host):
-            return 0.0
-        return sum(2 * self._compute.moving(1.5 * nbytes) for nbytes in self._sizes[task.unit])
 
     def _over_link(self, nbytes: float) -> float:
         """Seconds of a copy between the device and the host, which waits for it, where shards are there."""

@@ -45,4 +45,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert len(one["measured"]["seconds"]) == 5 and all(each > 0 for each in one["seconds"].values())
     assert one["seconds"].keys() == one["figures"].keys() == {"its block", "a tiny block"}
     assert len(several["measured"]["grown"]) == 2 and not several["measured"]["seconds"]
+    told = CliRunner().invoke(app, ["--again", str(tmp_path)], catch_exceptions=False)
+    assert told.exit_code == 0 and "tiny gpt2, 2 x 1" in told.output
     assert several["bytes"] == sum(several["by_kind"].values()) > 0
