@@ -85,10 +85,6 @@ class Preemption(Checkpoint, pytorch_lightning.callbacks.Checkpoint):  # type: i
         trainer.callbacks.append(preemption)  # type: ignore[attr-defined]
         return preemption
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Preemption:
-        """Itself: it is of one run, and users copy a Trainer's callbacks."""
-        return self
-
     def detach(self, trainer: pl.Trainer) -> None:
         """The Trainer is as it was."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
