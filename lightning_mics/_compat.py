@@ -28,6 +28,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten  # nested inputs and outputs; torch has no public pytree
@@ -89,6 +90,8 @@ class Prepared:
 # What torch 2.13 has and 2.11 has not.
 HAS_UNUSED_PARAMS = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 HAS_RESET_ITER_STATE = hasattr(FSDPModule, "reset_iter_state")
+# From torch 2.15 on, autograd itself adds gradients up in another dtype, and a backward may be left to end by hand.
+_SUMS_IN_GRAD = isinstance(getattr(FSDPParam, "unsharded_accumulated_grad", None), property)
 
 # How a module sets its own values anew. torch's MultiheadAttention and Transformer have the method under a private
 # name only. Test: tests/test_materialize.py.
@@ -179,23 +182,27 @@ def reduce_held_gradients(root: FSDPModule) -> None:
     FSDP2 does it at the end of every backward for modules that took no part in it, and has no public name for that.
     Test: tests/distributed/test_sums.py.
     """
+    state = root._get_fsdp_state()
+    if _SUMS_IN_GRAD:
+        state._state_ctx.manual_backward_finalization_active = False  # as a backward says when it begins
     for group in reversed(_parameter_groups(root)):
         group.post_backward()
-    root._get_fsdp_state()._root_post_backward_final_callback()
+    state._root_post_backward_final_callback()
 
 
 def forget_held_gradients(root: FSDPModule, params: Iterable[nn.Parameter] | None = None) -> None:
     """Drop the gradients of earlier backwards that were not reduced: all, or those of the sharded `params`.
 
-    They are on parameters that FSDP2 registers only while they are gathered, or, summed in another dtype, beside them.
-    Test: tests/distributed/test_sums.py.
+    They are on parameters that FSDP2 registers only while they are gathered, or, summed in another dtype, beside them
+    before torch 2.15. Test: tests/distributed/test_sums.py.
     """
     chosen = None if params is None else {id(param) for param in params}
     for group in _parameter_groups(root):
         for param in group.fsdp_params:
             if chosen is not None and id(param.sharded_param) not in chosen:
                 continue
-            param.unsharded_accumulated_grad = None
+            if not _SUMS_IN_GRAD:
+                param.unsharded_accumulated_grad = None
             if hasattr(param, "_unsharded_param"):
                 param._unsharded_param.grad = None
 
