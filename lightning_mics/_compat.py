@@ -182,7 +182,7 @@ def reduce_held_gradients(root: FSDPModule) -> None:
     FSDP2 does it at the end of every backward for modules that took no part in it, and has no public name for that.
     Test: tests/distributed/test_sums.py.
     """
-    state = root._get_fsdp_state()
+    state: Any = root._get_fsdp_state()
     if _SUMS_IN_GRAD:
         state._state_ctx.manual_backward_finalization_active = False  # as a backward says when it begins
     for group in reversed(_parameter_groups(root)):
