@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mics.accelerate import MiCSAccelerator
-from tests.distributed.toys import WIDTH, Layer, device, wholes
+from tests.distributed.toys import WIDTH, Layer, on_cpu, wholes
 
 
 class Net(nn.Module):
@@ -49,10 +49,6 @@ def launched() -> Iterator[None]:
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size() if on_cpu() else 1)
     fresh()
     yield
-
-
-def on_cpu() -> bool:
-    return device().type == "cpu"
 
 
 def fresh() -> None:

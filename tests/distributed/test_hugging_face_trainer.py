@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from lightning_mics.hugging_face_trainer import MiCSSeq2SeqTrainer, MiCSTrainer
-from tests.distributed.accelerating import fresh, launched, on_cpu
+from tests.distributed.accelerating import fresh, launched
 from tests.distributed.ranks import run_ranks
-from tests.distributed.toys import assert_close, assert_same_losses, parameters
+from tests.distributed.toys import assert_close, assert_same_losses, on_cpu, parameters
 from tests.raising import raised
 
 

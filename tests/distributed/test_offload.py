@@ -24,8 +24,8 @@ from tests.distributed.toys import (
     assert_close,
     assert_same_losses,
     assert_same_training,
-    device,
     mics,
+    on_cpu,
     optimizer_state,
     parameters,
     seeded,
@@ -37,7 +37,7 @@ HOW = ("optimizer", "parameters")
 
 def _apart() -> float:
     """By how much a step on the host may differ: not at all where it is the device."""
-    return 0.0 if device().type == "cpu" else 1e-6
+    return 0.0 if on_cpu() else 1e-6
 
 
 class Watches(Toy):

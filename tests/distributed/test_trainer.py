@@ -32,6 +32,7 @@ from tests.distributed.toys import (
     ddp,
     device,
     mics,
+    on_cpu,
     optimizer_state,
     parameters,
     seeded,
@@ -292,18 +293,19 @@ class SixtyFour(Toy):
 
 
 def _precisions() -> None:
+    scaled = set() if on_cpu() else {"16-mixed"}  # a scaler skips steps, under DDP as here
+    references = {precision: seeded(SixtyFour) for precision in {"32-true", *scaled}}
+    for precision, reference in references.items():
+        trainer(ddp(), precision=precision).fit(reference, Batches(6))
     for precision, (dtype, rtol) in PRECISIONS.items():
-        reference = seeded(SixtyFour)  # in fp32, but where DDP has a scaler, which skips steps
-        scaled = precision == "16-mixed" and device().type != "cpu"
-        trainer(ddp(), precision=precision if scaled else "32-true").fit(reference, Batches(6))
-        pair = []
+        reference, pair = references[precision if precision in scaled else "32-true"], []
         for strategy in ("mics", mics(2)):  # the name means p = n = 2 here, on one node
             module = seeded(SixtyFour)
             trainer(strategy, precision=precision).fit(module, Batches(6))
             _is({p.dtype for p in module.parameters()}, {dtype}, f"{precision}, parameters")
             pair.append(module)
         assert_same_losses(pair[0].losses, reference.losses, precision, rtol)
-        off = 0.0 if device() == torch.device("cpu") else rtol  # where each rank is a node, the name means p = 1
+        off = 0.0 if on_cpu() else rtol  # where each rank is a node, the name means p = 1
         assert_same_training(pair[1], pair[0], f"{precision}, instance and name", rtol=off, atol=off)
 
 

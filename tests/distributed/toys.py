@@ -33,10 +33,15 @@ def device() -> torch.device:
     return torch.device(os.environ.get(DEVICE, "cpu"))
 
 
+def on_cpu() -> bool:
+    """Whether they compute on CPU; otherwise each is a node, and all share the device."""
+    return device().type == "cpu"
+
+
 def ranks_by_node() -> dict[str, Any]:
     """For a Trainer or a Fabric: the CPU that ranks share as one node's, or an accelerator, each as a node's own."""
-    ranks, shared = dist.get_world_size(), device() != torch.device("cpu")
-    return {"accelerator": device().type} | ({"devices": 1, "num_nodes": ranks} if shared else {"devices": ranks})
+    ranks = dist.get_world_size()
+    return {"accelerator": device().type} | ({"devices": ranks} if on_cpu() else {"devices": 1, "num_nodes": ranks})
 
 
 def batch_of(index: int, rank: int, size: int = 2) -> Batch:

@@ -5,7 +5,6 @@ NCCL wants a device for each process, so that several ranks send by gloo, throug
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.parametrize("case", CASES)
 def test_holds_on_an_accelerator_as_well(case: str, tmp_path: Path) -> None:
     ranks, body, *args = CASES[case]
-    folder: dict[Any, Callable[[Path], Any]] = {Path: Path, str: str}
-    given = [folder[arg](tmp_path) if isinstance(arg, type) else arg for arg in args]
+    given = [arg(tmp_path) if isinstance(arg, type) else arg for arg in args]
     found = run_ranks(ranks, body, *given, timeout=300, **{DEVICE: "cuda"})
     assert found in ([None] * ranks, [{}] * ranks)
